@@ -1,0 +1,189 @@
+"""What mgpu asks of a runtime's adapter. Adapters are pure: texts and types in, types out.
+
+`launch` runs a runtime's own `--help` and the like, and hands the texts in; files that a runtime needs go out in `Command`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from msgspec import Struct
+
+from mgpu.model import Format, Model
+from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
+from mgpu.request import Request, RuntimeName
+from mgpu.rig import Gpu, Rig
+
+
+class Search(Struct, frozen=True, kw_only=True):
+    """Where `launch` looks for a runtime: an environment variable, names on PATH, files inside known PyPI packages."""
+
+    variable: str
+    executables: tuple[str, ...]
+    package_files: tuple[str, ...]  # relative to a site-packages directory
+    install: str  # the command that installs it
+
+
+class Probe(Struct, frozen=True, kw_only=True):
+    """A runtime that was found, and what it printed: `outputs["--help"]`. `origin` says where it was found."""
+
+    executable: str
+    origin: str
+    outputs: Mapping[str, str]
+
+
+class ListedDevice(Struct, frozen=True, kw_only=True):
+    """A device as the runtime itself names it. Sizes as it prints them (whole MiB), in bytes."""
+
+    device: str  # "CUDA0", "Vulkan1", "MTL0"
+    description: str
+    total_bytes: int
+    free_bytes: int
+
+
+class Installed(Struct, frozen=True, kw_only=True):
+    """A runtime as it can be used: its flags and devices. `devices` is None when it was not asked."""
+
+    runtime: RuntimeName
+    executable: str
+    origin: str
+    version: str
+    flags: frozenset[str]
+    devices: tuple[ListedDevice, ...] | None = None
+
+
+class Endpoint(Struct, frozen=True, kw_only=True):
+    """Where the runtime is to listen. `port` is a real one, never 0."""
+
+    host: str
+    port: int
+    api_key: str | None = None
+
+
+class Command(Struct, frozen=True, kw_only=True):
+    """What to start. `env` is set on top of the caller's environment, from which `scrub` prefixes are removed first."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    scrub: tuple[str, ...]
+    files: Mapping[str, str]
+    ready_url: str
+    endpoint: str  # the base URL for OpenAI-compatible clients
+
+
+class Stage(Struct, frozen=True, kw_only=True):
+    """The runtime said that it has come this far."""
+
+    text: str
+
+
+class Buffer(Struct, frozen=True, kw_only=True):
+    """The runtime said that it allocated this. `kind` is weights, kv, compute or output."""
+
+    device: str
+    kind: str
+    n_bytes: int
+
+
+class Cause(Struct, frozen=True, kw_only=True):
+    """The runtime said why it fails, in words we know; `hint` is what to do."""
+
+    text: str
+    hint: str
+
+
+LogFact = Stage | Buffer | Cause
+
+
+class Job(Protocol):
+    """One model asked of one runtime: what it would take, and the command that starts it. Immutable."""
+
+    @property
+    def runtime(self) -> RuntimeName: ...
+    @property
+    def ctx(self) -> int:
+        """Tokens of context per user."""
+        ...
+
+    @property
+    def ctx_step(self) -> int:
+        """The runtime rounds contexts up to a multiple of this."""
+        ...
+
+    @property
+    def users(self) -> int: ...
+    @property
+    def kv_type(self) -> str: ...
+    @property
+    def n_units(self) -> int:
+        """What the runtime hands out: blocks, and the output layer as the last unit."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the person asked of the runtime that costs or contradicts something."""
+        ...
+
+    @property
+    def forced(self) -> Layout | None:
+        """The layout that flags after `--` demand (`gpus` then count from 0 over the cards considered), or None."""
+        ...
+
+    def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
+        """Bytes on `gpu` when it holds the units of `span` (non-empty, contiguous)."""
+        ...
+
+    def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
+        """Bytes on the host beside those devices."""
+        ...
+
+    def traffic(self, span: range, shape: Shape) -> int:
+        """Bytes read from the device's memory to generate one token with half of the context in use."""
+        ...
+
+    def host_traffic(self, shape: Shape) -> int:
+        """Bytes the CPU reads from RAM to generate one token."""
+        ...
+
+    def at_ctx(self, ctx: int) -> Job:
+        """The same job with another context per user."""
+        ...
+
+    def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command: ...
+
+
+class Adapter(Protocol):
+    """One runtime."""
+
+    @property
+    def name(self) -> RuntimeName: ...
+    @property
+    def formats(self) -> frozenset[Format]: ...
+    @property
+    def search(self) -> Search: ...
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The flags whose output `installed` reads: "--version", "--help"."""
+        ...
+
+    @property
+    def device_probe(self) -> str | None:
+        """The flag that lists devices (it may open them, so it is asked only when needed)."""
+        ...
+
+    def installed(self, probe: Probe) -> Installed:
+        """Raises `RuntimeMissingError` when the runtime is too old to be driven."""
+        ...
+
+    def assumed(self) -> Installed:
+        """The newest version known, for plans that need no runtime on this machine."""
+        ...
+
+    def job(self, model: Model, request: Request, installed: Installed) -> Job:
+        """Raises `UsageError` for flags after `--` that have no meaning, `BadModelError` for what it cannot load."""
+        ...
+
+    def read_log(self, line: str) -> LogFact | None:
+        """What one line of the runtime's log says, or None."""
+        ...

@@ -1,0 +1,1 @@
+"""Drivers to `mgpu.rig.Rig`. Never runs at import, never writes `os.environ`, caches nothing."""

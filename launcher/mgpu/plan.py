@@ -1,0 +1,155 @@
+"""The decision and its parts: which cards, which layers on each, how fast, and why. Types only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from mgpu.request import RuntimeName
+
+PlacementKind = Literal["single", "pipeline", "tensor", "offload", "cpu", "replicas", "attach"]
+Verdict = Literal["applies", "passes", "warns", "refuses"]
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """What all devices of a layout share, and what each one's memory depends on beside its own layers.
+
+    A runtime hands out *units*: the blocks 0 … n_layer-1 and, as the last unit, the output layer.
+    """
+
+    n_devices: int
+    host_layers: int = 0  # the first blocks, kept on the host
+    host_experts: int = 0  # the first blocks whose routed experts alone are kept on the host
+
+
+class Layout(Struct, frozen=True, kw_only=True):
+    """Units to devices. `gpus` are rig indices in the order the runtime numbers them; `counts` are units on each.
+
+    The first `shape.host_layers` units are on the host; then `counts[0]` units on `gpus[0]`, and so on:
+    `host_layers + sum(counts)` is the number of units, or `counts` is empty (everything on the host).
+    """
+
+    gpus: tuple[int, ...]
+    counts: tuple[int, ...]
+    shape: Shape
+
+    def spans(self) -> tuple[range, ...]:
+        """The units on each device, as ranges."""
+        spans: list[range] = []
+        start = self.shape.host_layers
+        for count in self.counts:
+            spans.append(range(start, start + count))
+            start += count
+        return tuple(spans)
+
+
+class DeviceBytes(Struct, frozen=True, kw_only=True):
+    """What one device must hold. `overhead` is outside of the runtime's own buffers: driver context, pools, margin."""
+
+    weights: int
+    kv: int
+    compute: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute + self.overhead
+
+
+class HostBytes(Struct, frozen=True, kw_only=True):
+    """What the host must hold. `weights` includes what stays there by design (token embedding) and repacked layers."""
+
+    weights: int
+    kv: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute
+
+
+class DevicePlan(Struct, frozen=True, kw_only=True):
+    """One device of the plan. `blocks` are block numbers; the output layer is `has_output`."""
+
+    gpu: int
+    name: str
+    uuid: str | None
+    blocks: range
+    has_output: bool
+    memory: DeviceBytes
+    free_bytes: int
+    reserve_bytes: int
+
+    @property
+    def spare_bytes(self) -> int:
+        """What stays free beyond the reserve; negative when it does not fit."""
+        return self.free_bytes - self.reserve_bytes - self.memory.total
+
+
+class HostPlan(Struct, frozen=True, kw_only=True):
+    """The host's share. `blocks` are whole blocks computed by the CPU; `expert_blocks` only their routed experts."""
+
+    blocks: range
+    expert_blocks: range
+    memory: HostBytes
+    free_bytes: int
+
+
+class Speed(Struct, frozen=True, kw_only=True):
+    """Generated tokens per second for one user. A prediction unless `measured`."""
+
+    expected: float
+    low: float
+    high: float
+    measured: bool = False
+
+
+class RuleVerdict(Struct, frozen=True, kw_only=True):
+    """What one rule said, with the figures it used in the text. `source` is where the rule and its figures come from."""
+
+    id: str
+    verdict: Verdict
+    text: str
+    source: str
+
+
+class Alternative(Struct, frozen=True, kw_only=True):
+    """Another placement that was considered, and why it was not chosen. `short_bytes`: 0 when it fits."""
+
+    runtime: RuntimeName
+    placement: PlacementKind
+    gpus: tuple[int, ...]
+    fits: bool
+    short_bytes: int
+    tok_s: Speed | None
+    why_not: str
+
+
+class Refusal(Struct, frozen=True, kw_only=True):
+    """Why there is nothing to launch. `code` and `exit_code` as in `mgpu.errors`."""
+
+    code: str
+    exit_code: int
+    message: str
+    hint: str
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """The decision. With a `refusal`, the rest is the closest plan there was."""
+
+    placement: PlacementKind
+    runtime: RuntimeName
+    ctx: int  # tokens per user
+    users: int
+    kv_type: str
+    layout: Layout
+    devices: tuple[DevicePlan, ...]
+    host: HostPlan
+    tensor_split: tuple[int, ...] | None
+    tok_s: Speed | None
+    rules: tuple[RuleVerdict, ...]
+    alternatives: tuple[Alternative, ...] = ()
+    warnings: tuple[str, ...] = ()
+    ctx_fits: int | None = None  # the largest context per user these same devices would hold
+    refusal: Refusal | None = None

@@ -1,0 +1,1 @@
+"""Plans, rigs and models as text and as JSON."""

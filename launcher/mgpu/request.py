@@ -1,0 +1,35 @@
+"""What the person asked for: the options of `run` and `plan`, typed. Contract: the options table of the README."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+from msgspec import Struct
+
+RuntimeName = Literal["llama.cpp", "ollama", "vllm", "exllamav2", "exllamav3", "aikit", "exo", "mycoswarm"]
+SplitChoice = Literal["auto", "none", "pipeline", "tensor"]
+OffloadChoice = Literal["auto", "never", "allow"]
+
+RUNTIME_NAMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
+SPLIT_CHOICES: Final[tuple[SplitChoice, ...]] = get_args(SplitChoice)
+OFFLOAD_CHOICES: Final[tuple[OffloadChoice, ...]] = get_args(OffloadChoice)
+
+#: Tokens of context per user when none is asked for, at most (the trained context if that is smaller).
+DEFAULT_CTX: Final = 8192
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """One `run` or `plan`. `ctx` is tokens per user; None means the default, "max" the largest that fits."""
+
+    runtime: RuntimeName | Literal["auto"] = "auto"
+    ctx: int | Literal["max"] | None = None
+    users: int = 1
+    kv_type: str = "f16"
+    gpus: tuple[str, ...] = ()  # indices, names or UUIDs to consider; empty: all
+    split: SplitChoice = "auto"
+    offload: OffloadChoice = "auto"
+    force: bool = False
+    host: str = "127.0.0.1"
+    port: int | None = None  # None: a free one from 8080 up
+    api_key: str | None = None
+    runtime_args: tuple[str, ...] = ()  # everything after `--`, unchanged

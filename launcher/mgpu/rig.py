@@ -1,0 +1,89 @@
+"""What a machine has. Types only: detection and profiles fill them in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Vendor = Literal["nvidia", "amd", "intel", "apple", "unknown"]
+LinkKind = Literal["nvlink", "pcie-p2p", "pcie"]
+RigSource = Literal["detected", "profile"]
+
+
+class Pcie(Struct, frozen=True, kw_only=True):
+    """The slot as it can run: highest generation of card and board, lanes as wired. `"4.0 x16"` in a profile."""
+
+    gen: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.gen}.0 x{self.width}"
+
+
+class Gpu(Struct, frozen=True, kw_only=True):
+    """One card (or MIG slice, or unified-memory GPU).
+
+    `free_bytes` is what the driver says is free now, before any reserve. `reserve_bytes` is kept free by request.
+    `device` is the name the runtime gives this card ("Vulkan0"), where the runtime's own list is how it was found.
+    """
+
+    index: int
+    name: str
+    vendor: Vendor
+    total_bytes: int
+    free_bytes: int
+    uuid: str | None = None
+    bandwidth_bytes_per_s: int | None = None
+    pcie: Pcie | None = None
+    compute_capability: str | None = None
+    reserve_bytes: int = 0
+    enabled: bool = True
+    display: bool = False
+    unified: bool = False  # shares the host's RAM (Apple, GB10, integrated)
+    device: str | None = None
+    pci_bus_id: str | None = None
+    power_limit_watts: int | None = None
+    max_tensor_bytes: int | None = None  # a tensor larger than this cannot live on the device (Vulkan storage buffers)
+    processes: tuple[str, ...] = ()  # who holds VRAM now: "4242 python (3.1 GiB)"
+
+    @property
+    def usable_bytes(self) -> int:
+        """Free now, less the reserve; never negative."""
+        return max(self.free_bytes - self.reserve_bytes, 0)
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """The best way from one card to another; `gpus` are rig indices, smaller first. Pairs not listed are plain PCIe."""
+
+    gpus: tuple[int, int]
+    kind: LinkKind
+    n_links: int = 0  # NVLink bridges between the two
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """Something about the machine a person should know: a lost card, a missing driver, a mismatch."""
+
+    text: str
+    hint: str = ""
+
+
+class Rig(Struct, frozen=True, kw_only=True):
+    """A machine, as detected or as a profile describes it. `gpus` in driver order (PCI bus order)."""
+
+    name: str
+    source: RigSource
+    gpus: tuple[Gpu, ...]
+    links: tuple[Link, ...] = ()
+    ram_bytes: int = 0
+    ram_free_bytes: int = 0
+    ram_bandwidth_bytes_per_s: int | None = None
+    cpu_cores: int | None = None
+    psu_watts: int | None = None
+    driver: str = ""  # "NVIDIA 580.95.05, CUDA 13.0", or the runtime that listed the devices
+    findings: tuple[Finding, ...] = ()
+
+    def link(self, a: int, b: int) -> LinkKind:
+        """How cards `a` and `b` (rig indices) reach each other."""
+        pair = (min(a, b), max(a, b))
+        return next((link.kind for link in self.links if link.gpus == pair), "pcie")
