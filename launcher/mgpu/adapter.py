@@ -1,6 +1,6 @@
 """What mgpu asks of a runtime's adapter. Adapters are pure: texts and types in, types out.
 
-`launch` runs a runtime's own `--help` and the like, and hands the texts in; files that a runtime needs go out in `Command`.
+`launch` runs a runtime's own `--help` and hands the text in; files that a runtime needs go out in `Command`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
 
 class Command(Struct, frozen=True, kw_only=True):
-    """What to start. `env` is set on top of the caller's environment, from which `scrub` prefixes are removed first."""
+    """What to start. `env` is set on top of the caller's environment, from which `scrub` prefixes are removed first.
+
+    `watch_argv` is added when mgpu itself launches and reads the log; a person who pastes the command need not see it.
+    """
 
     argv: tuple[str, ...]
+    watch_argv: tuple[str, ...] = ()
     env: Mapping[str, str]
     scrub: tuple[str, ...]
     files: Mapping[str, str]
@@ -96,6 +100,15 @@ class Cause(Struct, frozen=True, kw_only=True):
 LogFact = Stage | Buffer | Cause
 
 
+class Pinned(Struct, frozen=True, kw_only=True):
+    """Placement decisions that were taken by flags after `--`. None: mgpu decides."""
+
+    tensor_split: tuple[float, ...] | None = None  # over the cards considered, in their order
+    host_layers: int | None = None
+    host_experts: int | None = None
+    single: bool = False  # one device, whatever the rig has
+
+
 class Job(Protocol):
     """One model asked of one runtime: what it would take, and the command that starts it. Immutable."""
 
@@ -107,12 +120,22 @@ class Job(Protocol):
         ...
 
     @property
+    def ctx_train(self) -> int:
+        """The context the model was trained for."""
+        ...
+
+    @property
     def ctx_step(self) -> int:
         """The runtime rounds contexts up to a multiple of this."""
         ...
 
     @property
     def users(self) -> int: ...
+    @property
+    def has_experts(self) -> bool:
+        """Whether routed experts can be kept on the host apart from their layers."""
+        ...
+
     @property
     def kv_type(self) -> str: ...
     @property
@@ -126,8 +149,12 @@ class Job(Protocol):
         ...
 
     @property
-    def forced(self) -> Layout | None:
-        """The layout that flags after `--` demand (`gpus` then count from 0 over the cards considered), or None."""
+    def pinned(self) -> Pinned:
+        """What flags after `--` decide in mgpu's place."""
+        ...
+
+    def counts(self, tensor_split: tuple[float, ...], host_layers: int) -> tuple[int, ...]:
+        """The units each device gets when the runtime is given these proportions."""
         ...
 
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
@@ -148,6 +175,10 @@ class Job(Protocol):
 
     def at_ctx(self, ctx: int) -> Job:
         """The same job with another context per user."""
+        ...
+
+    def at_kv_type(self, kv_type: str) -> Job:
+        """The same job with another KV-cache type; raises `UsageError` where the model or runtime cannot."""
         ...
 
     def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command: ...
@@ -178,6 +209,14 @@ class Adapter(Protocol):
 
     def assumed(self) -> Installed:
         """The newest version known, for plans that need no runtime on this machine."""
+        ...
+
+    def read_devices(self, text: str) -> tuple[ListedDevice, ...]:
+        """The output of `device_probe`."""
+        ...
+
+    def bind(self, rig: Rig, listed: tuple[ListedDevice, ...]) -> Rig:
+        """`rig` with the cards as this build of the runtime can use them; those it cannot are disabled, and said."""
         ...
 
     def job(self, model: Model, request: Request, installed: Installed) -> Job:

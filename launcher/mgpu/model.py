@@ -36,7 +36,7 @@ class Tensor(Struct, frozen=True, kw_only=True):
 
 
 class Hyperparameters(Struct, frozen=True, kw_only=True):
-    """The numbers every planner needs. Per-layer ones are tuples of length `n_layer`, also where the file gives one value.
+    """The numbers every planner needs. Per-layer ones are tuples of length `n_layer`, also where the file gives one.
 
     `n_layer` counts every block in the file, multi-token-prediction (`n_layer_nextn`, at the end) included.
     """
@@ -67,8 +67,8 @@ class Model(Struct, frozen=True, kw_only=True):
     """A model as read from its header alone.
 
     `path` is what a runtime is given: the file, the first shard, or the directory.
-    `metadata` holds the header's scalars, its short strings and its short numeric arrays; tokenizer arrays are not built
-    (their lengths are, as `"<key>.length"`).
+    `metadata` holds the header's scalars, its short strings and its short numeric arrays; tokenizer arrays are not
+    built (their lengths are there, as `"<key>.length"`).
     """
 
     path: str

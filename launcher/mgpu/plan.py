@@ -106,7 +106,7 @@ class Speed(Struct, frozen=True, kw_only=True):
 
 
 class RuleVerdict(Struct, frozen=True, kw_only=True):
-    """What one rule said, with the figures it used in the text. `source` is where the rule and its figures come from."""
+    """What one rule said, with the figures it used in the text. `source`: where rule and figures come from."""
 
     id: str
     verdict: Verdict

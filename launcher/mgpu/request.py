@@ -28,6 +28,7 @@ class Request(Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...] = ()  # indices, names or UUIDs to consider; empty: all
     split: SplitChoice = "auto"
     offload: OffloadChoice = "auto"
+    reserve: tuple[tuple[str, int], ...] = ()  # (card as in `gpus`, or "" for every card; bytes kept free on it)
     force: bool = False
     host: str = "127.0.0.1"
     port: int | None = None  # None: a free one from 8080 up

@@ -1,0 +1,102 @@
+"""A plan as one llama-server command line: everything explicit, nothing left to defaults that change between builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from mgpu.adapter import Command, Endpoint, Installed
+from mgpu.model import Model
+from mgpu.plan import Layout
+from mgpu.rig import Gpu, Rig
+from mgpu_adapters.llamacpp.devices import device_names, visibility
+from mgpu_adapters.llamacpp.flags import SPELLINGS, Given
+from mgpu_adapters.llamacpp.settings import Settings
+
+#: Flags that not every build in use knows; passed only where `--help` lists them.
+_OPTIONAL: Final = frozenset({"fit", "n-cpu-moe", "verbosity"})
+
+#: The library's INFO lines (buffers, stages) come at this verbosity (llama.cpp b11434 common/log.cpp).
+_VERBOSITY: Final = "4"
+
+
+def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that holds them all
+    model: Model,
+    settings: Settings,
+    layout: Layout,
+    rig: Rig,
+    endpoint: Endpoint,
+    *,
+    installed: Installed,
+    arguments: tuple[str, ...],
+    given: Given,
+) -> Command:
+    """argv, environment and addresses for `layout`. Flags in `arguments` take the place of ours."""
+    argv = [installed.executable]
+    for name, value in _options(model, settings, layout, rig, endpoint):
+        spelling = SPELLINGS[name][-1]
+        if _overruled(name, given) or (name in _OPTIONAL and spelling not in installed.flags):
+            continue
+        argv.append(spelling)
+        if value:
+            argv.append(value)
+    env = visibility(_gpus(layout, rig), rig)
+    if endpoint.api_key is not None:
+        env["LLAMA_API_KEY"] = endpoint.api_key  # in argv every user of the machine could read it
+    base = f"http://{_authority(endpoint)}"
+    watched = (SPELLINGS["verbosity"][-1], _VERBOSITY)
+    return Command(
+        argv=(*argv, *arguments),
+        env=env,
+        scrub=("LLAMA_ARG_",),
+        watch_argv=watched if watched[0] in installed.flags and "verbosity" not in given else (),
+        files={},
+        ready_url=f"{base}/health",
+        endpoint=f"{base}/v1",
+    )
+
+
+def _options(
+    model: Model, settings: Settings, layout: Layout, rig: Rig, endpoint: Endpoint
+) -> Iterator[tuple[str, str]]:
+    """Our flags, in the order people read them: what, where, how much, then the server."""
+    names = device_names(_gpus(layout, rig))
+    yield "model", model.path
+    yield "device", ",".join(names) or "none"
+    yield "gpu-layers", str(sum(layout.counts))
+    yield "split-mode", "layer" if len(names) > 1 else "none"
+    if len(names) > 1:
+        yield "tensor-split", ",".join(str(count) for count in layout.counts)
+    if layout.shape.host_experts:
+        yield "n-cpu-moe", str(layout.shape.host_experts)
+    yield "fit", "off"
+    yield "ctx-size", str(settings.n_ctx)
+    yield "parallel", str(settings.n_parallel)
+    if settings.kv_unified:
+        yield "kv-unified", ""
+    yield "cache-type-k", settings.type_k
+    yield "cache-type-v", settings.type_v
+    yield "flash-attn", "on" if settings.flash_attn else "off"
+    yield "batch-size", str(settings.n_batch)
+    yield "ubatch-size", str(settings.n_ubatch)
+    yield "host", endpoint.host
+    yield "port", str(endpoint.port)
+
+
+#: Flags of ours that give way to other flags after `--` than their own.
+_RELATED: Final = {"kv-unified": ("kv-unified", "no-kv-unified"), "n-cpu-moe": ("n-cpu-moe", "cpu-moe")}
+
+
+def _overruled(name: str, given: Given) -> bool:
+    return any(flag in given for flag in _RELATED.get(name, (name,)))
+
+
+def _gpus(layout: Layout, rig: Rig) -> tuple[Gpu, ...]:
+    by_index = {gpu.index: gpu for gpu in rig.gpus}
+    return tuple(by_index[index] for index in layout.gpus)
+
+
+def _authority(endpoint: Endpoint) -> str:
+    """Where a client on this machine reaches the server: a wildcard address is reached by loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(endpoint.host, endpoint.host)  # noqa: S104 - compared, not bound
+    return f"[{host}]:{endpoint.port}" if ":" in host else f"{host}:{endpoint.port}"

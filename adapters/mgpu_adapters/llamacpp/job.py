@@ -1,0 +1,217 @@
+"""One model asked of llama-server: its settings, what it takes, and the command that starts it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec.structs import replace
+
+from mgpu.adapter import Command, Endpoint, Installed, Job, Pinned
+from mgpu.errors import UsageError
+from mgpu.model import KV_TYPES, Model
+from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
+from mgpu.request import DEFAULT_CTX, Request, RuntimeName
+from mgpu.rig import Gpu, Rig
+from mgpu_adapters.llamacpp.assign import assign
+from mgpu_adapters.llamacpp.command import build_command
+from mgpu_adapters.llamacpp.flags import Given, read_flags
+from mgpu_adapters.llamacpp.memory import Footprint, footprint
+from mgpu_adapters.llamacpp.settings import Settings
+
+#: llama-server's own defaults (llama.cpp b11434 common/common.h, tools/server/server.cpp).
+_N_BATCH: Final = 2048
+_N_UBATCH: Final = 512
+_AUTO_SLOTS: Final = 4
+
+#: Head sizes (K, V) that CUDA's flash attention computes; others would fall to the CPU (llama.cpp b11434
+#: ggml/src/ggml-cuda/fattn.cu). The other backends take all of these too.
+_FLASH_HEADS: Final = frozenset({(d, d) for d in (40, 64, 72, 80, 96, 112, 128, 256, 512)}) | {
+    (192, 128), (320, 256), (576, 512),
+}  # fmt: skip
+
+_QUANTISED: Final = frozenset(KV_TYPES) - {"f32", "f16", "bf16"}
+_QUANT_BLOCK: Final = 32  # elements in one block of every quantised cache type
+
+
+class LlamaJob:
+    """Implements `mgpu.adapter.Job`. Immutable: `at_ctx` and `at_kv_type` make new ones that share the tables."""
+
+    runtime: RuntimeName = "llama.cpp"
+    ctx_step = 256  # llama_context pads every sequence to this (llama.cpp b11434 src/llama-context.cpp)
+
+    def __init__(self, request: Request, installed: Installed, given: Given, need: Footprint) -> None:
+        self._request = request
+        self._installed = installed
+        self._given = given
+        self._need = need
+        self.n_units = need.n_units
+        self.settings = need.settings
+
+    @property
+    def model(self) -> Model:
+        return self._need.model
+
+    @property
+    def ctx(self) -> int:
+        return self.settings.n_ctx_seq
+
+    @property
+    def ctx_train(self) -> int:
+        return self.model.hyper.n_ctx_train
+
+    @property
+    def users(self) -> int:
+        return self.settings.n_parallel
+
+    @property
+    def kv_type(self) -> str:
+        k, v = self.settings.type_k, self.settings.type_v
+        return k if k == v else f"{k}/{v}"
+
+    @property
+    def has_experts(self) -> bool:
+        return self.model.is_moe
+
+    @property
+    def pinned(self) -> Pinned:
+        settings = self.settings
+        layers = settings.n_gpu_layers
+        return Pinned(
+            tensor_split=settings.tensor_split,
+            host_layers=None if layers is None or layers < 0 else max(self.n_units - layers, 0),
+            host_experts=min(settings.n_cpu_moe, self.n_units - 1) or None,
+            single=settings.split_mode == "none",
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(_warnings(self._given, self))
+
+    def counts(self, tensor_split: tuple[float, ...], host_layers: int) -> tuple[int, ...]:
+        return assign(tensor_split, self.n_units, host_layers)
+
+    def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
+        return self._need.device(span, shape, gpu)
+
+    def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
+        return self._need.host(shape, gpus)
+
+    def traffic(self, span: range, shape: Shape) -> int:
+        return self._need.traffic(span, shape)
+
+    def host_traffic(self, shape: Shape) -> int:
+        return self._need.host_traffic(shape)
+
+    def at_ctx(self, ctx: int) -> LlamaJob:
+        if "ctx-size" in self._given:
+            return self
+        settings = self.settings
+        n_ctx = ctx if settings.kv_unified else ctx * settings.n_parallel
+        return self._with(replace(settings, n_ctx=n_ctx))
+
+    def at_kv_type(self, kv_type: str) -> LlamaJob:
+        settings = replace(self.settings, type_k=kv_type, type_v=kv_type)
+        check_cache_types(settings, self.model)
+        return self._with(settings)
+
+    def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command:
+        return build_command(
+            self.model,
+            self.settings,
+            layout,
+            rig,
+            endpoint,
+            installed=self._installed,
+            arguments=self._request.runtime_args,
+            given=self._given,
+        )
+
+    def _with(self, settings: Settings) -> LlamaJob:
+        return LlamaJob(self._request, self._installed, self._given, self._need.with_settings(settings))
+
+
+def prepare(model: Model, request: Request, installed: Installed) -> Job:
+    """The job of `model` as asked for. Raises `UsageError` for flags and types that have no meaning here."""
+    given = read_flags(request.runtime_args)
+    settings = settle(model, request, given)
+    check_cache_types(settings, model)
+    return LlamaJob(request, installed, given, footprint(model, settings))
+
+
+def settle(model: Model, request: Request, given: Given) -> Settings:
+    """What llama-server will use: the request, overruled by the flags after `--`, over the server's defaults."""
+    slots = given.integer("parallel", least=-1)
+    auto_slots = slots is not None and slots < 1
+    n_parallel = _AUTO_SLOTS if auto_slots else slots or request.users
+    unified = ("kv-unified" in given or auto_slots) and "no-kv-unified" not in given
+    n_ctx = given.integer("ctx-size", least=0)
+    if n_ctx is None:
+        per_user = request.ctx if isinstance(request.ctx, int) else min(model.hyper.n_ctx_train, DEFAULT_CTX)
+        n_ctx = per_user if unified else per_user * n_parallel
+    split_mode = given.choice("split-mode", ("none", "layer", "row", "tensor"))
+    if split_mode in {"row", "tensor"}:
+        raise UsageError(f"--split-mode {split_mode} is not planned for by this version", hint="use layer or none")
+    return Settings(
+        n_ctx=n_ctx or model.hyper.n_ctx_train,
+        n_parallel=n_parallel,
+        kv_unified=unified,
+        n_batch=given.integer("batch-size", least=1) or _N_BATCH,
+        n_ubatch=given.integer("ubatch-size", least=1) or _N_UBATCH,
+        flash_attn=_flash_attention(model, given),
+        type_k=given.kv_type("cache-type-k", request.kv_type),
+        type_v=given.kv_type("cache-type-v", request.kv_type),
+        kv_offload="no-kv-offload" not in given,
+        swa_full="swa-full" in given,
+        n_cpu_moe=model.hyper.n_layer if "cpu-moe" in given else given.integer("n-cpu-moe", least=0) or 0,
+        n_gpu_layers=given.gpu_layers(),
+        tensor_split=given.tensor_split(),
+        split_mode="none" if split_mode == "none" else None,
+        override_tensor=given.overrides(),
+    )
+
+
+def check_cache_types(settings: Settings, model: Model) -> None:
+    """llama.cpp refuses these at load; better said before. Raises `UsageError`."""
+    for name, kv_type, width in (
+        ("K", settings.type_k, model.hyper.head_dim_k),
+        ("V", settings.type_v, model.hyper.head_dim_v),
+    ):
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"unknown KV-cache type {kv_type!r}", hint="one of " + ", ".join(KV_TYPES))
+        if kv_type in _QUANTISED and width % _QUANT_BLOCK:
+            raise UsageError(
+                f"{kv_type} cannot hold this model's {name} cache: {width} elements a head is no multiple of 32",
+                hint="use --kv-type f16",
+            )
+    if settings.type_v in _QUANTISED and not settings.flash_attn:
+        raise UsageError(
+            f"a {settings.type_v} V cache needs flash attention, which this model or your flags leave off",
+            hint="use --kv-type f16",
+        )
+
+
+def _flash_attention(model: Model, given: Given) -> bool:
+    asked = given.choice("flash-attn", ("on", "off", "auto", "1", "0", "-1"))
+    if asked in {"on", "1"}:
+        return True
+    heads = (model.hyper.head_dim_k, model.hyper.head_dim_v)
+    return asked not in {"off", "0"} and heads in _FLASH_HEADS
+
+
+def _warnings(given: Given, job: LlamaJob) -> list[str]:
+    warnings: list[str] = []
+    if job.ctx > job.ctx_train:
+        warnings.append(f"a context of {job.ctx} is more than the {job.ctx_train} the model was trained for")
+    if "tensor-split" in given or "gpu-layers" in given or "split-mode" in given:
+        named = [flag for flag in ("tensor-split", "gpu-layers", "split-mode") if flag in given]
+        text = ", ".join("--" + flag for flag in named)
+        warnings.append(
+            f"{text} after `--` decides the placement in mgpu's place (rules fits-one-card, split-by-layers)"
+        )
+    if "device" in given or "main-gpu" in given:
+        warnings.append("--device or --main-gpu after `--` may use other cards than the plan's")
+    if given.values.get("fit") == "on":
+        warnings.append("--fit on after `--` lets llama.cpp change what was planned")
+    if "override-tensor" in given:
+        warnings.append("--override-tensor turns pipeline parallelism off, and is planned for where it says CPU")
+    return warnings

@@ -1,0 +1,83 @@
+"""What llama-server's log lines say: stages of loading, buffers, and the causes of failures we know.
+
+Formats: llama.cpp b11434 (`-lv 4`; prefix "0.00.501.757 I "), and older builds without the prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from mgpu.adapter import Buffer, Cause, LogFact, Stage
+from mgpu.units import MIB
+
+_KINDS: Final = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "output"}
+_BUFFER: Final = r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d+) MiB"
+
+_STAGES: Final = (
+    ("loaded meta data with", "reading the header"),
+    ("loading model tensors", "loading weights"),
+    ("constructing llama_context", "allocating the context"),
+    ("warming up the model", "warming up"),
+    ("listening on", "starting to serve"),
+)
+
+#: What llama.cpp says when it fails (a regex), what it means, and what to do.
+_CAUSES: Final = (
+    (
+        r"out of memory|OutOfDeviceMemory|(?:failed|unable) to allocate (?:\S+|compute) buffer",
+        "out of memory on a device",
+        "use a smaller --ctx or --kv-type q8_0, or keep more free with --reserve",
+    ),
+    (
+        r"unknown model architecture: '([^']*)'",
+        "this llama-server does not know the architecture {0!r}",
+        "update llama.cpp",
+    ),
+    (
+        r"error: invalid argument: (\S+)",
+        "this llama-server does not know {0}",
+        "leave it out, or update llama.cpp",
+    ),
+    (
+        r"couldn't bind HTTP server socket.*port: (\d+)",
+        "port {0} is in use by another program",
+        "leave --port out to get a free one",
+    ),
+    (
+        r"data is not within the file bounds",
+        "the model file is cut short",
+        "download it again",
+    ),
+    (
+        r"invalid device: (\S+)",
+        "this llama-server has no device {0}",
+        "its build may lack your GPU's backend: `mgpu runtimes` shows the devices it has",
+    ),
+    (
+        r"error while loading shared libraries: ([^:\s]+)",
+        "the library {0} is missing",
+        "install it, or llama.cpp again",
+    ),
+    (
+        r"ggml_cuda_init: failed",
+        "the CUDA driver could not be used",
+        "check the driver with nvidia-smi",
+    ),
+)
+
+
+def read_line(line: str) -> LogFact | None:
+    """The fact in one line of the log, or None."""
+    if "buffer size" in line:
+        found = re.search(_BUFFER, line)
+        if found is not None:
+            return Buffer(device=found[1], kind=_KINDS[found[2]], n_bytes=round(float(found[3]) * MIB))
+    for words, stage in _STAGES:
+        if words in line:
+            return Stage(text=stage)
+    for pattern, text, hint in _CAUSES:
+        match = re.search(pattern, line)
+        if match is not None:
+            return Cause(text=text.format(*match.groups()), hint=hint)
+    return None

@@ -1,0 +1,79 @@
+"""When nothing fits: by how much, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mgpu.adapter import Job
+from mgpu.decide import rules
+from mgpu.decide.options import Case, holds_on_gpus
+from mgpu.decide.weigh import Weighed
+from mgpu.errors import UsageError
+from mgpu.units import gib, gib_of
+
+#: A context smaller than this is no offer worth making.
+_LEAST_CTX = 1024
+
+
+def explain_misfit(case: Case, closest: Weighed, with_cpu: Weighed | None) -> tuple[str, str]:
+    """One line that says what lacks, and one that says what would fit."""
+    helped = with_cpu if with_cpu is not None and with_cpu.fits and case.request.offload != "allow" else None
+    message = _lack(closest)
+    if helped is not None and helped.speed is not None and case.request.offload == "auto":
+        message += f"; with the CPU's help it would run at {rules.speed_range(helped.speed)} tok/s (predicted)"
+    offers = list(_offers(case, closest))
+    if helped is not None:
+        offers.append("--offload allow runs it with the CPU's help")
+    return message, "; ".join(offers) or "use a smaller quantisation of the model, or free some memory"
+
+
+def largest_ctx(job: Job, holds: Callable[[Job], bool], *, at_most: int) -> int | None:
+    """The largest context per user that `holds` accepts, in the runtime's steps; None when not even one step."""
+    if holds(job.at_ctx(at_most)):
+        return at_most
+    step = job.ctx_step
+    low, high = 0, at_most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(job.at_ctx(middle * step)):
+            low = middle
+        else:
+            high = middle - 1
+    return low * step or None
+
+
+def _lack(closest: Weighed) -> str:
+    if closest.gpus and any(closest.short):
+        need = sum(device.total for device in closest.devices)
+        room = sum(gpu.usable_bytes for gpu in closest.gpus)
+        where = rules.label(closest.gpus[0]) if len(closest.gpus) == 1 else f"{len(closest.gpus)} GPUs"
+        return f"does not fit: needs {gib(need)} on {where}, {gib(room)} free; short by {gib(sum(closest.short))}"
+    if closest.host_short:
+        free = closest.host.total - closest.host_short
+        return f"does not fit: needs {gib(closest.host.total)} of RAM, {gib(free)} free"
+    return f"does not fit: the CPU alone would have to run it ({gib_of(closest.host.total, closest.host.total)} of RAM)"
+
+
+def _offers(case: Case, closest: Weighed) -> list[str]:
+    """What the GPUs alone would hold."""
+    if not closest.gpus:
+        return []
+    offers: list[str] = []
+
+    def holds(job: Job) -> bool:
+        return holds_on_gpus(case.with_job(job))
+
+    ctx = largest_ctx(case.job, holds, at_most=case.job.ctx)
+    if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
+        offers.append(f"--ctx {ctx} would fit")
+    if case.job.kv_type == "f16" and _holds_kv(case.job, "q8_0", holds):
+        offers.append("--kv-type q8_0 would fit")
+    return offers
+
+
+def _holds_kv(job: Job, kv_type: str, holds: Callable[[Job], bool]) -> bool:
+    """Whether it would fit with that cache type (and the model allows it)."""
+    try:
+        return holds(job.at_kv_type(kv_type))
+    except UsageError:
+        return False

@@ -1,0 +1,118 @@
+"""Every placement worth weighing for one case, by kind. The rules pick among them in `choose`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from mgpu.adapter import Job
+from mgpu.decide.place import evened, fastest_first, least_offload, on_host, on_one, pipeline, subsets
+from mgpu.decide.weigh import Weighed, weigh
+from mgpu.plan import Layout
+from mgpu.request import Request
+from mgpu.rig import Gpu, Rig
+
+
+class Case(Struct, frozen=True, kw_only=True):
+    """What is to be decided: a job, on these cards of this rig, as asked. `gpus` are those considered, in rig order."""
+
+    request: Request
+    rig: Rig
+    job: Job
+    gpus: tuple[Gpu, ...]
+
+    @property
+    def one_card_only(self) -> bool:
+        return self.request.split == "none" or self.job.pinned.single
+
+    def with_job(self, job: Job) -> Case:
+        return replace(self, job=job)
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """Every placement that was weighed. `singles` are best first; `split` is the fastest over the fewest cards."""
+
+    singles: tuple[Weighed, ...] = ()
+    split: Weighed | None = None
+    needless: Weighed | None = None  # the smallest split of a model that one card holds
+    offload: Weighed | None = None
+    cpu: Weighed | None = None
+
+    @property
+    def fitting(self) -> tuple[Weighed, ...]:
+        return tuple(single for single in self.singles if single.fits)
+
+    @property
+    def single(self) -> Weighed | None:
+        """The best card that holds it."""
+        return next(iter(self.fitting), None)
+
+    @property
+    def with_cpu(self) -> Weighed | None:
+        """The CPU's help: partial offload where that fits, else everything on the CPU."""
+        if self.offload is not None and self.offload.fits:
+            return self.offload
+        return self.cpu or self.offload
+
+
+def weigh_options(case: Case) -> Options:
+    """Cards alone first; a split only where none will do; the CPU only where no split will."""
+    job, gpus = case.job, case.gpus
+    singles = tuple(sorted((weigh(job, on_one(job, gpu), (gpu,), case.rig) for gpu in gpus), key=_rank))
+    if any(single.fits for single in singles):
+        needless = split_over(case, 2) if len(gpus) > 1 else None
+        return Options(singles=singles, needless=needless)
+    split = None if case.one_card_only else fewest(case)
+    if split is not None:
+        return Options(singles=singles, split=split)
+    return Options(singles=singles, offload=_offload(case), cpu=weigh(job, on_host(job), (), case.rig))
+
+
+def fewest(case: Case, *, at_least: int = 2) -> Weighed | None:
+    """Rule `fewest-cards`: the smallest number of cards that holds it, and of those sets the fastest."""
+    sizes = range(at_least, len(case.gpus) + 1)
+    return next((found for size in sizes if (found := split_over(case, size)) is not None), None)
+
+
+def split_over(case: Case, size: int) -> Weighed | None:
+    """The fastest split over exactly `size` cards, or None."""
+    fitting: list[Weighed] = []
+    for subset in subsets(case.gpus, size):
+        layout = pipeline(case.job, subset)
+        if layout is not None:
+            weighed = weigh(case.job, layout, subset, case.rig)
+            if weighed.fits:
+                fitting.append(weighed)
+    if not fitting:
+        return None
+    best = max(fitting, key=lambda one: (one.speed.expected if one.speed else 0.0, one.least_spare))
+    return weigh(case.job, evened(case.job, best.gpus, best.layout), best.gpus, case.rig)
+
+
+def holds_on_gpus(case: Case) -> bool:
+    """Whether the cards hold the job without the CPU: what `--ctx max` and "what would fit" are searched with."""
+    single = any(weigh(case.job, on_one(case.job, gpu), (gpu,), case.rig).fits for gpu in case.gpus)
+    return single or (not case.one_card_only and fewest(case) is not None)
+
+
+def _offload(case: Case) -> Weighed | None:
+    if case.job.pinned.host_layers is not None:
+        return None
+    cards = fastest_first(case.gpus)
+    layout = least_offload(case.job, cards[:1] if case.one_card_only else cards)
+    return None if layout is None else weigh(case.job, layout, cards_of(layout, case.gpus), case.rig)
+
+
+def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """The cards of a layout, in its order."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    return tuple(by_index[index] for index in layout.gpus)
+
+
+def _rank(single: Weighed) -> tuple[float, int, bool, int]:
+    """Rule `fastest-card`: predicted speed, then free memory, then no display, then the index."""
+    gpu = single.gpus[0]
+    speed = single.speed.expected if single.speed else 0.0
+    return (-speed, -gpu.usable_bytes, gpu.display, gpu.index)

@@ -1,0 +1,149 @@
+"""Layers onto devices: every placement worth considering, as layouts. Pure search; the scales are in `weigh`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+from mgpu.adapter import Job
+from mgpu.plan import Layout, Shape
+from mgpu.rig import Gpu
+from mgpu.units import MIB
+
+#: Slack between equal cards is evened out to this much; finer would move no whole layer.
+_EVEN_TO = 32 * MIB
+
+
+def fastest_first(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Bandwidth decides decode speed; then room, then no desktop on it, then the index."""
+    return tuple(sorted(gpus, key=lambda g: (-(g.bandwidth_bytes_per_s or 0), -g.usable_bytes, g.display, g.index)))
+
+
+def on_one(job: Job, gpu: Gpu) -> Layout:
+    """Everything on one card, whether it fits or not."""
+    pinned = job.pinned
+    shape = Shape(n_devices=1, host_layers=pinned.host_layers or 0, host_experts=pinned.host_experts or 0)
+    return Layout(gpus=(gpu.index,), counts=(job.n_units - shape.host_layers,), shape=shape)
+
+
+def on_host(job: Job) -> Layout:
+    """Everything computed by the CPU."""
+    return Layout(gpus=(), counts=(), shape=Shape(n_devices=0, host_layers=job.n_units))
+
+
+def subsets(gpus: Sequence[Gpu], size: int) -> Iterator[tuple[Gpu, ...]]:
+    """Sets of `size` cards, fastest first in each; of sets that differ only in which identical cards they take, one."""
+    seen: set[tuple[object, ...]] = set()
+    for subset in combinations(fastest_first(gpus), size):
+        key = tuple((gpu.name, gpu.usable_bytes, gpu.bandwidth_bytes_per_s, gpu.max_tensor_bytes) for gpu in subset)
+        if key not in seen:
+            seen.add(key)
+            yield subset
+
+
+def pipeline(job: Job, gpus: Sequence[Gpu], shape: Shape | None = None) -> Layout | None:
+    """Whole layers over all of `gpus`, in their order: each filled in turn. None when they do not hold it."""
+    shape = shape or Shape(
+        n_devices=len(gpus), host_layers=job.pinned.host_layers or 0, host_experts=job.pinned.host_experts or 0
+    )
+    counts = _fill(job, gpus, shape, slack=0)
+    return None if counts is None else Layout(gpus=tuple(gpu.index for gpu in gpus), counts=counts, shape=shape)
+
+
+def evened(job: Job, gpus: Sequence[Gpu], layout: Layout) -> Layout:
+    """The same, with equal room left on cards of equal speed: no speed is lost, and no card is filled to the brim.
+
+    Only the slowest of the cards' speeds is evened; faster cards stay full, as that is what makes the split fast.
+    """
+    shape = layout.shape
+
+    def fill(slack: int) -> Layout | None:
+        counts = _fill(job, gpus, shape, slack=slack)
+        return None if counts is None else Layout(gpus=layout.gpus, counts=counts, shape=shape)
+
+    low, high, best = 0, max(gpu.usable_bytes for gpu in gpus), layout
+    while high - low > _EVEN_TO:
+        middle = (low + high) // 2
+        found = fill(middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return best
+
+
+def by_room(job: Job, gpus: Sequence[Gpu]) -> Layout:
+    """Units in proportion to each card's room, whether they fit or not: what a misfit is measured on."""
+    shape = Shape(n_devices=len(gpus))
+    room = [float(max(gpu.usable_bytes, MIB)) for gpu in gpus]
+    return Layout(gpus=tuple(gpu.index for gpu in gpus), counts=job.counts(tuple(room), shape.host_layers), shape=shape)
+
+
+def as_pinned(job: Job, gpus: Sequence[Gpu]) -> Layout:
+    """The layout that `--tensor-split` after `--` demands of `gpus`; proportions beyond the last card are dropped."""
+    split = (job.pinned.tensor_split or ())[: len(gpus)]
+    split += (0.0,) * (len(gpus) - len(split))
+    host_layers = job.pinned.host_layers or 0
+    shape = Shape(n_devices=len(gpus), host_layers=host_layers, host_experts=job.pinned.host_experts or 0)
+    return Layout(gpus=tuple(gpu.index for gpu in gpus), counts=job.counts(split, host_layers), shape=shape)
+
+
+def least_offload(job: Job, gpus: Sequence[Gpu]) -> Layout | None:
+    """As little as possible on the host: experts first where there are any, then whole layers. None: nothing fits."""
+    gpus = [gpu for gpu in gpus if _holds_one(job, gpu, len(gpus))]
+    if not gpus:
+        return None
+    n = len(gpus)
+    n_blocks = job.n_units - 1
+    if job.has_experts:
+        experts = _smallest(1, n_blocks, lambda e: pipeline(job, gpus, Shape(n_devices=n, host_experts=e)) is not None)
+        if experts is not None:
+            return pipeline(job, gpus, Shape(n_devices=n, host_experts=experts))
+    layers = _smallest(1, job.n_units - n, lambda h: pipeline(job, gpus, Shape(n_devices=n, host_layers=h)) is not None)
+    return None if layers is None else pipeline(job, gpus, Shape(n_devices=n, host_layers=layers))
+
+
+def _holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
+    """Whether the card has room for its overhead, its compute buffer and a single unit."""
+    last = range(job.n_units - 1, job.n_units)
+    shape = Shape(n_devices=n_devices, host_layers=job.n_units - 1)
+    return job.device(last, shape, gpu).total <= gpu.usable_bytes
+
+
+def _fill(job: Job, gpus: Sequence[Gpu], shape: Shape, *, slack: int) -> tuple[int, ...] | None:
+    """Units on each card, filled in turn but for `slack` on those as slow as the last; None: they do not hold all."""
+    start, counts = shape.host_layers, list[int]()
+    slowest = gpus[-1].bandwidth_bytes_per_s
+    for position, gpu in enumerate(gpus):
+        room = gpu.usable_bytes - (slack if gpu.bandwidth_bytes_per_s == slowest else 0)
+        most = job.n_units - start - (len(gpus) - 1 - position)  # every later card gets at least one
+        count = _most_that_fits(job, gpu, shape, start=start, most=most, room=room)
+        if count == 0:
+            return None
+        counts.append(count)
+        start += count
+    return tuple(counts) if start == job.n_units else None
+
+
+def _most_that_fits(job: Job, gpu: Gpu, shape: Shape, *, start: int, most: int, room: int) -> int:
+    low, high = 0, max(most, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if job.device(range(start, start + middle), shape, gpu).total <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _smallest(low: int, high: int, good: Callable[[int], bool]) -> int | None:
+    """The smallest n in [low, high] that is good, where all above a good one are good; None when none is."""
+    if low > high or not good(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if good(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
