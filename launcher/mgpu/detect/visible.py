@@ -1,0 +1,72 @@
+"""`CUDA_VISIBLE_DEVICES` of the caller: which of the machine's NVIDIA cards a program started from here may use.
+
+Semantics of the CUDA C++ Programming Guide, "CUDA Environment Variables".
+"""
+
+from __future__ import annotations
+
+from mgpu.rig import Finding, Gpu
+
+
+def apply_cuda_visible(
+    value: str | None, gpus: tuple[Gpu, ...], *, device_order: str | None = None
+) -> tuple[tuple[Gpu, ...], tuple[Finding, ...]]:
+    """The cards that `value` leaves, in the rig's order, and what a person should know about it.
+
+    `value` is a list of numbers and of UUIDs (a unique beginning is enough); the first entry that names no card ends
+    the list, as in CUDA; None is no restriction, "" and "-1" leave nothing. `device_order` is `CUDA_DEVICE_ORDER`.
+    Numbers count the cards given, which is CUDA's order under PCI_BUS_ID and where all cards are of one kind.
+    """
+    if value is None or not gpus:
+        return gpus, ()
+    entries = [entry.strip() for entry in value.split(",")]
+    chosen: list[Gpu] = []
+    ended_by: str | None = None
+    for entry in entries:
+        gpu = _find(entry, gpus)
+        if gpu is None:
+            ended_by = entry
+            break
+        chosen.append(gpu)
+    visible = tuple(gpu for gpu in gpus if gpu in chosen)
+    return visible, tuple(_findings(value, ended_by, gpus, visible, device_order))
+
+
+def _find(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
+    if entry.isdecimal():
+        return gpus[int(entry)] if int(entry) < len(gpus) else None
+    if not entry.startswith(("GPU-", "MIG-")):
+        return None
+    matches = [gpu for gpu in gpus if (gpu.uuid or "").startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _findings(
+    value: str, ended_by: str | None, gpus: tuple[Gpu, ...], visible: tuple[Gpu, ...], device_order: str | None
+) -> list[Finding]:
+    setting = f"CUDA_VISIBLE_DEVICES={value}"
+    findings: list[Finding] = []
+    if len(visible) < len(gpus):
+        left = ", ".join(f"GPU {gpu.index}" for gpu in visible) or "none"
+        findings.append(
+            Finding(
+                text=f"{setting} leaves {len(visible)} of {len(gpus)} NVIDIA GPUs: {left}",
+                hint="unset CUDA_VISIBLE_DEVICES to use them all",
+            )
+        )
+    if ended_by not in {None, "", "-1"}:
+        findings.append(
+            Finding(
+                text=f"{setting}: {ended_by!r} names no single GPU here, so CUDA ignores it and what follows",
+                hint="name cards by number or by UUID (nvidia-smi -L)",
+            )
+        )
+    by_number = any(entry.strip().isdecimal() for entry in value.split(","))
+    if by_number and device_order != "PCI_BUS_ID" and len({gpu.name for gpu in gpus}) > 1:
+        findings.append(
+            Finding(
+                text=f"{setting} is read in nvidia-smi's order; CUDA itself may number these mixed cards otherwise",
+                hint="export CUDA_DEVICE_ORDER=PCI_BUS_ID, or name cards by UUID (nvidia-smi -L)",
+            )
+        )
+    return findings

@@ -1,0 +1,222 @@
+"""A rig profile as written: the tables and keys of the TOML, what each takes, and how a wrong one is refused.
+
+Nothing is looked up or filled in here; that is `mgpu_profiles.rigs`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mgpu.errors import ProfileError
+from mgpu.rig import LinkKind, Vendor
+
+_Text = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*\Z")]  # not blank, one line
+_Word = Annotated[str, Meta(pattern=r"^[^\s\x00-\x1f\x7f]+\Z")]
+_Name = Annotated[str, Meta(pattern=r"^(?!.*\.toml\Z)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")]
+_Mib = Annotated[int, Meta(ge=1, le=1 << 22)]  # 4 TiB: more is bytes written as MiB
+_MibOrNone = Annotated[int, Meta(ge=0, le=1 << 22)]
+_Gbs = Annotated[float, Meta(ge=0.001, le=100_000)]
+_Watts = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[host]`"""
+
+    ram_gib: Annotated[float, Meta(ge=0, le=1 << 16)]
+    ram_bandwidth_gbs: _Gbs | None = None
+    cores: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
+    psu_watts: _Watts | None = None
+
+
+class GpuTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[[gpu]]`. From `vendor` on: rarely written by hand; saved when the card's name does not say it."""
+
+    name: _Text
+    uuid: _Word | None = None
+    vram_mib: _Mib
+    free_mib: _MibOrNone | None = None
+    bandwidth_gbs: _Gbs | None = None
+    pcie: Annotated[str, Meta(pattern=r"^[1-9]\.0 x(1|2|4|8|12|16|32)\Z")] | None = None
+    reserve_mib: _MibOrNone = 0
+    enabled: bool = True
+    vendor: Vendor | None = None
+    compute_capability: Annotated[str, Meta(pattern=r"^([1-9]\d?\.\d|gfx[0-9a-f]{3,5})\Z")] | None = None
+    power_watts: _Watts | None = None
+    unified: bool | None = None
+    display: bool | None = None
+    device: _Word | None = None
+    max_tensor_mib: _Mib | None = None
+
+
+class LinkTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[[link]]`. `gpus` are positions in the file, from 0."""
+
+    gpus: tuple[int, int]
+    kind: LinkKind
+    n_links: Annotated[int, Meta(ge=1, le=36)] | None = None  # NVML_NVLINK_MAX_LINKS
+
+
+class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file. The order of the fields is the order of the keys in it."""
+
+    schema: Literal[1] = 1
+    name: _Name
+    host: HostTable
+    gpu: tuple[GpuTable, ...] = ()
+    link: tuple[LinkTable, ...] = ()
+
+
+class _Version(Struct):
+    schema: Literal[1]
+
+
+TABLES: Final[Mapping[str, type[Struct]]] = {"": Document, "host": HostTable, "gpu": GpuTable, "link": LinkTable}
+
+#: What each key takes, in the words of an error.
+FORMS: Final[Mapping[str, str]] = {
+    "schema": "write schema = 1, the only one this version reads",
+    "name": 'write it like name = "home": up to 64 letters, digits and . _ + -, a letter or digit first, no .toml',
+    "host": "it is one table: [host], then ram_gib = 64 below it",
+    "host.ram_gib": "write it like ram_gib = 64, in GiB",
+    "host.ram_bandwidth_gbs": "write it like ram_bandwidth_gbs = 80, in GB/s",
+    "host.cores": "write it like cores = 8, physical ones",
+    "host.psu_watts": "write it like psu_watts = 1200",
+    "gpu": "each card is a table of its own: [[gpu]], then its keys below it",
+    "gpu.name": 'write it as the driver does, like name = "NVIDIA GeForce RTX 3090"',
+    "gpu.uuid": "copy it from `nvidia-smi -L`, or leave it out",
+    "gpu.vram_mib": "write it like vram_mib = 24576, whole MiB",
+    "gpu.free_mib": "write it like free_mib = 24100, whole MiB and at most vram_mib, or leave it out",
+    "gpu.bandwidth_gbs": "write it like bandwidth_gbs = 936, in GB/s, or leave it out",
+    "gpu.pcie": 'write it like pcie = "4.0 x16"',
+    "gpu.reserve_mib": "write it like reserve_mib = 512, whole MiB and at most vram_mib",
+    "gpu.enabled": "write enabled = true or enabled = false",
+    "gpu.vendor": "it is one of nvidia, amd, intel, apple, unknown",
+    "gpu.compute_capability": 'write it like compute_capability = "8.6" or "gfx1100", in quotes',
+    "gpu.power_watts": "write it like power_watts = 350",
+    "gpu.unified": "write unified = true for a GPU that shares the host's RAM",
+    "gpu.display": "write display = true for a card that drives a screen",
+    "gpu.device": 'write it as the runtime lists it, like device = "Vulkan0"',
+    "gpu.max_tensor_mib": "write it like max_tensor_mib = 4096, whole MiB",
+    "link": "each link is a table of its own: [[link]], then gpus and kind below it",
+    "link.gpus": "write it like gpus = [0, 1]: two different cards, counted from 0, each pair once",
+    "link.kind": "it is one of nvlink, pcie-p2p, pcie",
+    "link.n_links": "write it like n_links = 4, the NVLink bridges between the two",
+}
+
+
+def read_document(text: str, origin: str) -> Document:
+    """The tables of a profile, every value checked. `origin`, the file, is named in errors. Raises `ProfileError`."""
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, arrays nested without end
+        said = str(error).replace("\n", " ")
+        raise ProfileError(f"{origin}: not TOML: {said}", hint=f"correct that line of {origin}") from None
+    try:
+        msgspec.convert(data, _Version)  # first: another schema has other keys
+        document = msgspec.convert(data, Document)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), data, origin) from None
+    _check_gpus(document, origin)
+    _check_links(document, origin)
+    return document
+
+
+def write_document(document: Document) -> str:
+    """The TOML of it: keys in the order of the fields, those that say nothing left out (TOML has no null)."""
+    import tomli_w
+
+    text = tomli_w.dumps(_said(msgspec.to_builtins(document)))
+    return re.sub(r"\[\n\s+(\d+),\n\s+(\d+),\n\]", r"[\1, \2]", text)  # a pair of cards reads better on one line
+
+
+def check_name(name: str) -> str:
+    """`name`, when it is fit for a profile and its file. Raises `ProfileError`."""
+    try:
+        return msgspec.convert(name, _Name)
+    except msgspec.ValidationError:
+        raise ProfileError(f"not a profile name: {name!r}", hint=FORMS["name"]) from None
+
+
+def _said(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _said(value) for key, value in data.items() if value is not None and value not in ([], ())}
+    if isinstance(data, list | tuple):
+        return [_said(item) for item in data]
+    return data
+
+
+def _check_gpus(document: Document, origin: str) -> None:
+    owners: dict[str, int] = {}
+    for index, gpu in enumerate(document.gpu):
+        for key, size in (("free_mib", gpu.free_mib), ("reserve_mib", gpu.reserve_mib)):
+            if size is not None and size > gpu.vram_mib:
+                raise _wrong(origin, f"gpu[{index}].{key}", size, f"vram_mib is {gpu.vram_mib}")
+        if gpu.uuid is not None and (owner := owners.setdefault(gpu.uuid, index)) != index:
+            raise _wrong(origin, f"gpu[{index}].uuid", gpu.uuid, f"gpu[{owner}] has the same")
+
+
+def _check_links(document: Document, origin: str) -> None:
+    n_gpus = len(document.gpu)
+    pairs: set[frozenset[int]] = set()
+    for index, link in enumerate(document.link):
+        pair = frozenset(link.gpus)
+        key = f"link[{index}].gpus"
+        if not all(0 <= gpu < n_gpus for gpu in pair):
+            raise _wrong(origin, key, list(link.gpus), f"{n_gpus} cards are described")
+        if len(pair) != 2:
+            raise _wrong(origin, key, list(link.gpus), "a card and itself")
+        if pair in pairs:
+            raise _wrong(origin, key, list(link.gpus), "said twice")
+        pairs.add(pair)
+
+
+def _wrong(origin: str, key: str, value: object, why: str = "") -> ProfileError:
+    """One line for one value. `key` is exact: "gpu[1].vram_mib"."""
+    reason = f" ({why})" if why else ""
+    return ProfileError(f"{origin}: {key} = {_shown(value)}{reason}: {_form(key)}", hint=f"correct {key} in {origin}")
+
+
+def _form(key: str) -> str:
+    return FORMS[re.sub(r"\[\d+\]", "", key)]
+
+
+def _shown(value: object) -> str:
+    """A value as TOML would have it, near enough, in one short line."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, str | Sequence | Mapping):
+        text = repr(value)  # one line whatever is in it
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _explain(said: str, data: Mapping[str, Any], origin: str) -> ProfileError:
+    """What msgspec said, with the value it was about: "Expected `int`, got `str` - at `$.gpu[0].vram_mib`"."""
+    what, at, where = said.rpartition(" - at `$")
+    table = where.rstrip("`").lstrip(".") if at else ""
+    what = what if at else said
+    if match := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
+        return _unknown_key(origin, table, match[1])
+    if match := re.fullmatch(r"Object missing required field `(.*)`", what):
+        key = f"{table}.{match[1]}".lstrip(".")
+        return ProfileError(f"{origin}: {key} is missing: {_form(key)}", hint=f"add {match[1]} to {origin}")
+    value: Any = data
+    for step in re.findall(r"\w+", table):
+        value = value[int(step) if isinstance(value, list) else step]
+    return _wrong(origin, table, value)
+
+
+def _unknown_key(origin: str, table: str, name: str) -> ProfileError:
+    import difflib
+
+    accepted = TABLES[re.sub(r"\[\d+\]", "", table)].__struct_fields__
+    close = difflib.get_close_matches(name, accepted, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    key = name if re.fullmatch(r"[\w-]{1,60}", name) else _shown(name)
+    where = f"{table}.{key}" if table else key
+    keys = ", ".join(accepted)
+    return ProfileError(f"{origin}: unknown key {where}{meant}: accepted are {keys}", hint=f"correct {key} in {origin}")
