@@ -69,6 +69,7 @@ class Command(Struct, frozen=True, kw_only=True):
 
     argv: tuple[str, ...]
     watch_argv: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()  # the runtime's names of the plan's devices, in order
     env: Mapping[str, str]
     scrub: tuple[str, ...]
     files: Mapping[str, str]

@@ -62,7 +62,7 @@ def _verdicts(case: Case, chosen: Weighed, options: Options, n_blocks: int) -> t
         verdicts.append(rules.fewest_cards(chosen, case.gpus))
     verdicts += [
         rules.split_by_layers(chosen),
-        rules.cpu_offload_last(chosen, n_blocks),
+        rules.cpu_offload_last(chosen, options.with_cpu, n_blocks),
         rules.display_card(chosen),
     ]
     return tuple(verdict for verdict in verdicts if verdict is not None)

@@ -18,21 +18,14 @@ DISPLAY_RESERVE: Final = 512 * MIB
 
 def consider(request: Request, rig: Rig) -> tuple[Gpu, ...]:
     """The cards a plan may use, in rig order, each with its reserve. Raises `UsageError` for a card there is not."""
-    enabled = tuple(gpu for gpu in rig.gpus if gpu.enabled)
-    chosen = enabled
-    if request.gpus:
-        wanted = [_find(text, rig) for text in request.gpus]
-        for gpu in wanted:
-            if not gpu.enabled:
-                raise ProfileError(
-                    f"GPU {gpu.index} ({gpu.name}) is disabled in rig {rig.name!r}",
-                    hint="set enabled = true in the profile, or leave it out of --gpus",
-                )
-        indices = {gpu.index for gpu in wanted}
-        chosen = tuple(gpu for gpu in enabled if gpu.index in indices)
-    reserves = {_find(text, rig).index: size for text, size in request.reserve if text}
+    named = {gpu.index for text in request.gpus for gpu in _find_enabled(text, rig)}
+    reserves = {gpu.index: size for text, size in request.reserve if text for gpu in _find(text, rig)}
     everywhere = max((size for text, size in request.reserve if not text), default=None)
-    return tuple(_reserved(gpu, reserves.get(gpu.index, everywhere)) for gpu in chosen)
+    return tuple(
+        _reserved(gpu, reserves.get(gpu.index, everywhere))
+        for gpu in rig.gpus
+        if gpu.enabled and (gpu.index in named or not request.gpus)
+    )
 
 
 def _reserved(gpu: Gpu, asked: int | None) -> Gpu:
@@ -43,18 +36,24 @@ def _reserved(gpu: Gpu, asked: int | None) -> Gpu:
     return gpu
 
 
-def _find(text: str, rig: Rig) -> Gpu:
-    """The card meant by an index, a UUID (or its unique beginning), a device name or a part of the card's name."""
-    if text.isdigit():
-        found = [gpu for gpu in rig.gpus if gpu.index == int(text)]
-    else:
-        word = text.lower()
-        found = [gpu for gpu in rig.gpus if word == (gpu.device or "").lower()]
-        found = found or [gpu for gpu in rig.gpus if (gpu.uuid or "").lower().startswith(word)]
-        found = found or [gpu for gpu in rig.gpus if word in gpu.name.lower()]
-    if len(found) == 1:
-        return found[0]
-    listing = ", ".join(f"{gpu.index} {gpu.name}" for gpu in rig.gpus) or "it has none"
+def _find_enabled(text: str, rig: Rig) -> list[Gpu]:
+    found = _find(text, rig)
+    usable = [gpu for gpu in found if gpu.enabled]
+    if not usable:
+        raise ProfileError(
+            f"GPU {found[0].index} ({found[0].name}) is disabled in rig {rig.name!r}",
+            hint="leave it out of --gpus; `mgpu rig show` says why, a profile may say enabled = true",
+        )
+    return usable
+
+
+def _find(text: str, rig: Rig) -> list[Gpu]:
+    """The cards meant by an index, a device name, a UUID (or its beginning), or a part of the cards' name."""
+    word = text.lower()
+    found = [gpu for gpu in rig.gpus if text == str(gpu.index) or word == (gpu.device or "").lower()]
+    found = found or [gpu for gpu in rig.gpus if (gpu.uuid or "").lower().startswith(word)]
+    found = found or [gpu for gpu in rig.gpus if word in gpu.name.lower()]
     if found:
-        raise UsageError(f"{text!r} means {len(found)} GPUs", hint=f"use an index: {listing}")
+        return found
+    listing = ", ".join(f"{gpu.index} {gpu.name}" for gpu in rig.gpus) or "none"
     raise UsageError(f"no GPU {text!r} in rig {rig.name!r}", hint=f"its GPUs: {listing}")

@@ -9,7 +9,7 @@ from mgpu.decide import rules
 from mgpu.decide.options import Case, holds_on_gpus
 from mgpu.decide.weigh import Weighed
 from mgpu.errors import UsageError
-from mgpu.units import gib, gib_of
+from mgpu.units import gib
 
 #: A context smaller than this is no offer worth making.
 _LEAST_CTX = 1024
@@ -19,7 +19,9 @@ def explain_misfit(case: Case, closest: Weighed, with_cpu: Weighed | None) -> tu
     """One line that says what lacks, and one that says what would fit."""
     helped = with_cpu if with_cpu is not None and with_cpu.fits and case.request.offload != "allow" else None
     message = _lack(closest)
-    if helped is not None and helped.speed is not None and case.request.offload == "auto":
+    if with_cpu is not None and with_cpu.host_short:
+        message += f"; for the CPU's help RAM is short by {gib(with_cpu.host_short)}"
+    elif helped is not None and helped.speed is not None and closest.gpus and case.request.offload == "auto":
         message += f"; with the CPU's help it would run at {rules.speed_range(helped.speed)} tok/s (predicted)"
     offers = list(_offers(case, closest))
     if helped is not None:
@@ -51,7 +53,8 @@ def _lack(closest: Weighed) -> str:
     if closest.host_short:
         free = closest.host.total - closest.host_short
         return f"does not fit: needs {gib(closest.host.total)} of RAM, {gib(free)} free"
-    return f"does not fit: the CPU alone would have to run it ({gib_of(closest.host.total, closest.host.total)} of RAM)"
+    speed = "" if closest.speed is None else f" at {rules.speed_range(closest.speed)} tok/s (predicted)"
+    return f"too slow to start unasked: the CPU alone would run it{speed}"
 
 
 def _offers(case: Case, closest: Weighed) -> list[str]:

@@ -51,10 +51,9 @@ class Options(Struct, frozen=True, kw_only=True):
 
     @property
     def with_cpu(self) -> Weighed | None:
-        """The CPU's help: partial offload where that fits, else everything on the CPU."""
-        if self.offload is not None and self.offload.fits:
-            return self.offload
-        return self.cpu or self.offload
+        """The CPU's help: partial offload rather than everything on the CPU; where neither fits, what lacks less."""
+        helped = [option for option in (self.offload, self.cpu) if option is not None]
+        return min(helped, key=lambda option: option.short_bytes, default=None)
 
 
 def weigh_options(case: Case) -> Options:

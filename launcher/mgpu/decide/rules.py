@@ -21,7 +21,7 @@ def fits_one_card(chosen: Weighed, best_single: Weighed | None, needless: Weighe
     """`needless`: the split that was avoided (or forced), for its speed."""
     source = f"{_GUIDE}; {_BENCH}"
     if best_single is None:
-        text = "no single card holds it: a split is justified"
+        text = "no single card holds it" + (": a split is justified" if chosen.kind == "pipeline" else "")
         return RuleVerdict(id="fits-one-card", verdict="passes", text=text, source=source)
     gpu, need = best_single.gpus[0], best_single.devices[0]
     text = f"fits on {label(gpu)}: {gib_of(need.total, gpu.usable_bytes)}"
@@ -75,10 +75,14 @@ def split_by_layers(chosen: Weighed) -> RuleVerdict | None:
     )
 
 
-def cpu_offload_last(chosen: Weighed, n_blocks: int) -> RuleVerdict:
-    """Always speaks: that nothing is offloaded is worth knowing."""
+def cpu_offload_last(chosen: Weighed, with_cpu: Weighed | None, n_blocks: int) -> RuleVerdict:
+    """Always speaks: that nothing is offloaded is worth knowing. `with_cpu`: what the CPU's help would bring."""
     shape = chosen.layout.shape
     if chosen.kind not in {"offload", "cpu"}:
+        if not chosen.fits and with_cpu is not None:
+            text = f"the GPUs do not hold it; with the CPU's help {speed_text(with_cpu.speed)}"
+            text += "" if with_cpu.fits else f", and RAM short by {gib(with_cpu.host_short)}"
+            return RuleVerdict(id="cpu-offload-last", verdict="refuses", text=text, source=_GUIDE)
         text = "every layer is on a GPU"
         return RuleVerdict(id="cpu-offload-last", verdict="passes", text=text, source=_GUIDE)
     if chosen.kind == "cpu":

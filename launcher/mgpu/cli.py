@@ -1,0 +1,232 @@
+"""The command line: parse, call, print, exit. No rule of its own.
+
+Modules are imported where they are used: `mgpu run --dry-run` is meant to be done before a person looks up.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from mgpu import __version__
+from mgpu.errors import InterruptedLaunchError, MgpuError, RuntimeFailedError, UsageError
+from mgpu.options import ModelArgument, RigName, planning_options, to_request
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Group(click.Group):
+    """Commands in the order people need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+class _Planning(click.Command):
+    """A command whose arguments after `--` belong to the runtime, untouched by click."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        split = args.index("--") if "--" in args else len(args)
+        ctx.meta[_RUNTIME_ARGS] = tuple(args[split + 1 :])
+        return super().parse_args(ctx, args[:split])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- RUNTIME ARGS...]"]
+
+
+_RUNTIME_ARGS = "mgpu.runtime_args"
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="mgpu")
+def cli() -> None:
+    """Run a local model on the right GPUs, and say why."""
+
+
+@cli.command(cls=_Planning)
+@click.argument("model", type=ModelArgument())
+@planning_options
+@click.option("--dry-run", is_flag=True, help="Print the command that would be run, and stop.")
+@click.option("--prompt", metavar="TEXT", help="Answer this one question on stdout, then stop.")
+@click.pass_context
+def run(context: click.Context, /, model: str, *, dry_run: bool, prompt: str | None, **options: Any) -> None:
+    """Inspect MODEL, plan, explain, launch, and stay until Ctrl-C.
+
+    \b
+    mgpu run model.gguf
+    mgpu run model.gguf --ctx 32k --users 4
+    mgpu run model.gguf --rig 2x3090 --dry-run
+    mgpu run model.gguf --prompt "Why is the sky blue?"
+
+    Everything after -- goes to the runtime unchanged.
+    """
+    from mgpu import commands
+
+    request = to_request(options, context.meta[_RUNTIME_ARGS])
+    launching = not (dry_run or options["as_json"])
+    decided = commands.decide(
+        model, request, rig_name=options["rig"], launching=launching, explicit=options["llama_server"]
+    )
+    if options["as_json"]:
+        commands.print_json(decided)
+    elif dry_run:
+        commands.print_dry_run(decided)
+    else:
+        commands.launch(decided, prompt)
+
+
+@cli.command(cls=_Planning)
+@click.argument("model", type=ModelArgument())
+@planning_options
+@click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Save what is shown as an SVG picture.")
+@click.pass_context
+def plan(context: click.Context, /, model: str, *, svg: str | None, **options: Any) -> None:
+    """Show where MODEL would run, and why; launch nothing."""
+    from mgpu import commands
+
+    request = to_request(options, context.meta[_RUNTIME_ARGS])
+    decided = commands.decide(
+        model, request, rig_name=options["rig"], launching=False, explicit=options["llama_server"], explore=True
+    )
+    if options["as_json"]:
+        commands.print_json(decided)
+    else:
+        commands.print_plan(decided, svg)
+
+
+@cli.command()
+@click.argument("model", type=ModelArgument())
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(model: str, *, as_json: bool) -> None:
+    """Show what the model file says."""
+    from mgpu import commands
+
+    commands.print_model(model, as_json=as_json)
+
+
+@cli.group(cls=_Group)
+def rig() -> None:
+    """This machine, and saved rig profiles."""
+
+
+@rig.command("show")
+@click.argument("name", required=False, type=RigName())
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def rig_show(name: str | None, *, as_json: bool) -> None:
+    """Show this machine as detected, or the profile NAME."""
+    from mgpu import rigs
+
+    rigs.show(name, as_json=as_json)
+
+
+@rig.command("save")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Replace a profile of this name.")
+def rig_save(name: str, *, force: bool) -> None:
+    """Save this machine as the profile NAME, to edit by hand."""
+    from mgpu import rigs
+
+    rigs.save(name, overwrite=force)
+
+
+@rig.command("list")
+def rig_list() -> None:
+    """List the profiles, bundled and saved."""
+    from mgpu import rigs
+
+    rigs.list_all()
+
+
+@rig.command("use")
+@click.argument("name", required=False, type=RigName())
+@click.option("--none", "forget", is_flag=True, help="Go back to this machine as detected.")
+def rig_use(name: str | None, *, forget: bool) -> None:
+    """Make the profile NAME the default."""
+    from mgpu import rigs
+
+    if (name is None) is not forget:
+        raise UsageError("name a profile, or give --none", hint="`mgpu rig list` shows the profiles")
+    rigs.use(name)
+
+
+@rig.command("check")
+@click.argument("name", required=False, type=RigName())
+def rig_check(name: str | None) -> None:
+    """Compare the profile NAME (or the default) with this machine."""
+    from mgpu import rigs
+
+    rigs.check(name)
+
+
+@rig.command("remove")
+@click.argument("name", type=RigName())
+def rig_remove(name: str) -> None:
+    """Remove the saved profile NAME."""
+    from mgpu import rigs
+
+    rigs.remove(name)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def runtimes(*, as_json: bool) -> None:
+    """Show the runtimes: found or not, where, and how to install them."""
+    from mgpu import commands
+
+    commands.print_runtimes(as_json=as_json)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completions(shell: str) -> None:
+    """Print the completion script of a shell."""
+    from mgpu.shells import script
+
+    click.echo(script(shell, cli), nl=False)
+
+
+def main() -> NoReturn:
+    """The console script: every way to end has its exit code, and only a bug has a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be valid text, nor a terminal UTF-8
+    try:
+        cli.main(prog_name="mgpu", standalone_mode=False)
+    except MgpuError as error:
+        _report(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _report(InterruptedLaunchError("interrupted"))
+        sys.exit(InterruptedLaunchError.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _report(error: MgpuError) -> None:
+    """Two lines on stderr, after the runtime's own last lines if it has said any; with --json, the object on stdout."""
+    if isinstance(error, RuntimeFailedError):
+        for line in error.log_tail:
+            click.echo(f"  | {line}", err=True)
+    if "--json" in _our_arguments():
+        from mgpu import commands
+
+        commands.print_failure(error)
+    click.echo(f"mgpu: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"      {error.hint}", err=True)
+
+
+def _our_arguments() -> list[str]:
+    arguments = sys.argv[1:]
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments

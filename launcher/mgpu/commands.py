@@ -1,0 +1,228 @@
+"""What the commands do, once their arguments are typed: gather, decide, then print or launch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+from msgspec import Struct, json
+from msgspec.structs import replace
+
+from mgpu.adapter import Command, Endpoint, Job
+from mgpu.decide.choose import choose, room_for_ctx
+from mgpu.errors import DoesNotFitError, MgpuError, RefusedError
+from mgpu.gather import Facts, gather
+from mgpu.inspect.source import read_model
+from mgpu.model import Model
+from mgpu.plan import Plan, Shape
+from mgpu.report.lines import run_lines, shell_line, to_scrub
+from mgpu.request import Request
+from mgpu_adapters.registry import ADAPTER_NAMES, load_adapter, pick_adapter
+
+#: The port of plans that open none.
+_PLANNED_PORT = 8080
+
+
+class Decided(Struct, frozen=True, kw_only=True):
+    """One decision with the facts it rests on. `command` is None where the plan has a refusal."""
+
+    model: Model
+    request: Request
+    facts: Facts
+    job: Job
+    plan: Plan
+    command: Command | None
+
+    def command_at(self, port: int) -> Command:
+        """The command that listens on `port`."""
+        endpoint = Endpoint(host=self.request.host, port=port, api_key=self.request.api_key)
+        return self.job.command(self.plan.layout, self.facts.rig, endpoint)
+
+
+def decide(
+    argument: str,
+    request: Request,
+    *,
+    rig_name: str | None,
+    launching: bool,
+    explicit: str | None,
+    explore: bool = False,
+) -> Decided:
+    """Everything up to the decision. `explore`: also find out how much more context would fit."""
+    model = read_model(argument)
+    adapter = pick_adapter(request, model)
+    facts = gather(adapter, rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
+    job = adapter.job(model, request, facts.installed)
+    plan = choose(request, facts.rig, job)
+    if explore:
+        plan = replace(plan, ctx_fits=room_for_ctx(request, facts.rig, job, plan))
+    job = job.at_ctx(plan.ctx)
+    decided = Decided(model=model, request=request, facts=facts, job=job, plan=plan, command=None)
+    if plan.refusal is not None:
+        return decided
+    return replace(decided, command=decided.command_at(_port(request, hypothetical=rig_name is not None)))
+
+
+def print_dry_run(decided: Decided) -> None:
+    """The explanation on stderr, the one pasteable line on stdout."""
+    _explain(decided)
+    _stop_if_refused(decided.plan)
+    click.echo(_line(decided))
+
+
+def print_plan(decided: Decided, svg: str | None) -> None:
+    """The full explanation on stdout; a refusal or a misfit is shown, then ends as such."""
+    from mgpu.report.screen import console, plan_screen
+
+    line = _line(decided) if decided.command is not None else None
+    screen = plan_screen(decided.model, decided.facts.rig, decided.plan, line)
+    out = console(record=svg is not None)
+    out.print(screen)
+    if svg is not None:
+        _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
+    _note(decided)
+    _stop_if_refused(decided.plan)
+
+
+def print_json(decided: Decided) -> None:
+    """One object on stdout; a refusal or a misfit has its own exit code all the same."""
+    from mgpu.report.as_json import decision
+
+    told = decision(decided.model, decided.facts.rig, decided.request, decided.plan, decided.command)
+    _print_object(told)
+    if decided.plan.refusal is not None:
+        sys.exit(decided.plan.refusal.exit_code)
+
+
+def print_failure(error: MgpuError) -> None:
+    """An error that came before there was a plan, as the JSON object."""
+    from mgpu.report.as_json import failure
+
+    _print_object(failure(error))
+
+
+def print_model(argument: str, *, as_json: bool) -> None:
+    """What the file says."""
+    model = read_model(argument)
+    kv_bytes = _kv_bytes_per_token(model)
+    if as_json:
+        from mgpu.report.as_json import model_report
+
+        _print_object(model_report(model, kv_bytes))
+        return
+    from mgpu.report.screen import console
+    from mgpu.report.tables import model_screen
+
+    console().print(model_screen(model, kv_bytes))
+
+
+def print_runtimes(*, as_json: bool) -> None:
+    """Each runtime mgpu drives: where it is, or how to get it."""
+    from mgpu.gather import find_installed
+
+    rows: list[dict[str, Any]] = []
+    for name in ADAPTER_NAMES:
+        adapter = load_adapter(name)
+        row: dict[str, Any] = {"runtime": name, "formats": sorted(adapter.formats), "found": False}
+        try:
+            installed = find_installed(adapter, None, os.environ)
+        except MgpuError as error:
+            row |= {"why_not": error.message, "install": adapter.search.install}
+        else:
+            if installed is None:
+                row |= {"why_not": "not installed", "install": adapter.search.install}
+            else:
+                row |= {
+                    "found": True,
+                    "version": installed.version,
+                    "path": installed.executable,
+                    "origin": installed.origin,
+                }
+        rows.append(row)
+    if as_json:
+        _print_object({"schema": 1, "runtimes": rows})
+        return
+    for row in rows:
+        click.echo(
+            f"{row['runtime']}: "
+            + (f"{row['version']}, {row['path']} ({row['origin']})" if row["found"] else row["why_not"])
+        )
+        if not row["found"]:
+            click.echo(f"  install: {row['install']}")
+
+
+def launch(decided: Decided, prompt: str | None) -> None:
+    """Explain, start, wait until ready, stay or answer; ends by an `MgpuError` unless a prompt was answered."""
+    from mgpu.launch.foreground import launch_plan
+
+    _explain(decided)
+    _stop_if_refused(decided.plan)
+    launch_plan(
+        decided.command_at,
+        adapter=decided.facts.adapter,
+        model=decided.model,
+        plan=decided.plan,
+        request=decided.request,
+        prompt=prompt,
+    )
+
+
+def _kv_bytes_per_token(model: Model) -> int:
+    """What one more token of context takes, f16; sliding windows no longer grow at this length."""
+    adapter = pick_adapter(Request(), model)
+    short, long = (1 << 17, 1 << 18)
+    job = adapter.job(model, Request(ctx=short), adapter.assumed())
+    everything = Shape(n_devices=0, host_layers=job.n_units)
+    grown = job.at_ctx(long).host(everything, ()).kv - job.host(everything, ()).kv
+    return grown // (long - short)
+
+
+def _explain(decided: Decided) -> None:
+    for line in run_lines(decided.model, decided.plan):
+        click.echo(line, err=True)
+    _note(decided)
+
+
+def _note(decided: Decided) -> None:
+    findings = (
+        f"{finding.text}; {finding.hint}" if finding.hint else finding.text for finding in decided.facts.rig.findings
+    )
+    for note in (*decided.facts.notes, *findings):
+        click.echo(f"  note: {note}", err=True)
+
+
+def _stop_if_refused(plan: Plan) -> None:
+    refusal = plan.refusal
+    if refusal is None:
+        return
+    kind = RefusedError if refusal.exit_code == RefusedError.exit_code else DoesNotFitError
+    raise kind(refusal.message, hint=refusal.hint)
+
+
+def _line(decided: Decided) -> str:
+    command = decided.command
+    assert command is not None  # noqa: S101 - callers have stopped at a refusal
+    return shell_line(command, to_scrub(command, os.environ))
+
+
+def _port(request: Request, *, hypothetical: bool) -> int:
+    if request.port is not None or hypothetical:
+        return request.port or _PLANNED_PORT
+    from mgpu.launch.ports import free_port
+
+    return free_port(request.host)
+
+
+def _print_object(told: dict[str, Any]) -> None:
+    click.echo(json.format(json.encode(told), indent=2).decode())
+
+
+def _save_svg(text: str, path: str) -> None:
+    from pathlib import Path
+
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.FileError(path, error.strerror) from error

@@ -1,0 +1,127 @@
+"""Facts come in: the model, the runtime that is installed, and the rig to plan for. Nothing is decided here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from mgpu.adapter import Adapter, Installed, ListedDevice
+from mgpu.errors import ProfileError, RuntimeMissingError
+from mgpu.rig import Rig
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """A runtime and a rig that go together. `installed` may be assumed where nothing will be launched."""
+
+    adapter: Adapter
+    installed: Installed
+    rig: Rig
+    notes: tuple[str, ...] = ()
+
+
+def gather(
+    adapter: Adapter, *, rig_name: str | None, launching: bool, explicit: str | None, environ: Mapping[str, str]
+) -> Facts:
+    """What a plan needs to know beside the model.
+
+    `rig_name`: `--rig`; None: the default profile if there is one, else this machine as it is. A rig that was named is
+    planned for as it stands, without asking anything of this machine, unless it is to be `launching` here.
+    Raises `RuntimeMissingError` when `launching` without a runtime, `ProfileError` for a profile that does not match.
+    """
+    from mgpu_profiles.store import user_store
+
+    store = user_store()
+    name = rig_name or store.default()
+    if rig_name is not None and not launching:
+        installed = _installed(adapter, explicit, environ) if explicit else adapter.assumed()
+        return Facts(adapter=adapter, installed=installed, rig=store.load(rig_name))
+    here = _here(adapter, explicit=explicit, launching=launching, environ=environ)
+    if name is None:
+        return here
+    profile = store.load(name)
+    differences = _differences(profile, here.rig)
+    if not differences:
+        return _with_profile(here, profile)
+    if launching:
+        raise ProfileError(
+            f"rig {name!r} is not this machine: {differences[0]}",
+            hint="add --dry-run to plan for it all the same, or see `mgpu rig check`",
+        )
+    # The default profile names another machine: plan for that one, as if --rig had.
+    note = f"planned for the default rig {name!r}, which is not this machine: {differences[0]}"
+    return Facts(adapter=adapter, installed=here.installed, rig=profile, notes=(note,))
+
+
+def detect(adapter: Adapter | None, *, explicit: str | None, environ: Mapping[str, str]) -> Rig:
+    """This machine, as the installed runtime of `adapter` could use it; without a runtime, as its drivers tell."""
+    if adapter is not None:
+        return _here(adapter, explicit=explicit, launching=False, environ=environ).rig
+    from mgpu.detect.machine import detect_rig
+
+    return detect_rig(environ)
+
+
+def find_installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed | None:
+    """The runtime as found, asked for its flags; None when there is none. Raises for one that cannot be used."""
+    from mgpu.launch.find import find_runtime
+    from mgpu.launch.probe import probe_runtime
+
+    found = find_runtime(adapter.search, explicit=explicit, environ=environ)
+    return None if found is None else adapter.installed(probe_runtime(found, adapter.probes, environ=environ))
+
+
+def _installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed:
+    installed = find_installed(adapter, explicit, environ)
+    if installed is None:
+        raise RuntimeMissingError(
+            f"no {adapter.search.executables[0]} found on PATH, in ${adapter.search.variable} or as a Python package",
+            hint=f"install it: {adapter.search.install}",
+        )
+    return installed
+
+
+def _here(adapter: Adapter, *, explicit: str | None, launching: bool, environ: Mapping[str, str]) -> Facts:
+    """This machine and the runtime on it; where nothing is launched, a missing or broken runtime is only a note."""
+    from mgpu.detect.machine import detect_rig
+
+    try:
+        installed = _installed(adapter, explicit, environ)
+        listed = functools.cache(lambda: _list_devices(adapter, installed, environ))
+        rig = detect_rig(environ, listed=listed)
+        if rig.gpus:
+            rig = adapter.bind(rig, listed())
+    except RuntimeMissingError as error:
+        if launching or explicit is not None:
+            raise
+        note = f"{error.message}; {error.hint}"
+        return Facts(adapter=adapter, installed=adapter.assumed(), rig=detect_rig(environ), notes=(note,))
+    return Facts(adapter=adapter, installed=installed, rig=rig)
+
+
+def _list_devices(adapter: Adapter, installed: Installed, environ: Mapping[str, str]) -> tuple[ListedDevice, ...]:
+    """The runtime's own list of devices. It may open each of them, so it is asked once."""
+    from mgpu.launch.find import Found
+    from mgpu.launch.probe import list_devices
+
+    if adapter.device_probe is None:
+        return ()
+    found = Found(executable=installed.executable, origin=installed.origin, install=adapter.search.install)
+    # The rig counts cards in PCI order; CUDA's own default is by speed.
+    text = list_devices(found, adapter.device_probe, {**environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    return adapter.read_devices(text)
+
+
+def _differences(profile: Rig, machine: Rig) -> tuple[str, ...]:
+    from mgpu_profiles.match import check
+
+    return tuple(difference.text for difference in check(profile, machine) if difference.severity == "error")
+
+
+def _with_profile(here: Facts, profile: Rig) -> Facts:
+    """Live memory and devices from the machine; reserves and what a person knows better from the profile."""
+    from mgpu_profiles.match import merge
+
+    return replace(here, rig=merge(profile, here.rig))

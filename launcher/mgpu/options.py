@@ -1,0 +1,132 @@
+"""The options of `run` and `plan`, once, and what they mean as a `Request`. The contract's table, in click's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Literal, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from mgpu.errors import UsageError
+from mgpu.model import KV_TYPES
+from mgpu.request import OFFLOAD_CHOICES, RUNTIME_NAMES, SPLIT_CHOICES, Request
+from mgpu.units import parse_size
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MOST_USERS: Final = 256  # LLAMA_MAX_SEQ, llama.cpp b11434
+
+
+def planning_options(command: Command) -> Command:
+    """What shapes a plan: shared by `run` and `plan`."""
+    for option in reversed(_PLANNING):
+        command = option(command)
+    return command
+
+
+class ModelArgument(click.ParamType[str]):
+    """MODEL: completed as a file."""
+
+    name = "MODEL"
+
+    def shell_complete(  # click's signature
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(incomplete, type="file")]
+
+
+class RigName(click.ParamType[str]):
+    """A profile's name, completed from the bundled and the saved ones."""
+
+    name = "NAME"
+
+    def shell_complete(  # click's signature
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        from mgpu_profiles.store import user_store
+
+        return [CompletionItem(rig.name) for rig in user_store().names() if rig.name.startswith(incomplete)]
+
+
+class Context(click.ParamType[int | Literal["max"]]):
+    """`--ctx`: tokens per user, or "max"."""
+
+    name = "N|max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["max"]:
+        if value == "max":
+            return "max"
+        text = str(value).lower()
+        number = int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1) if text.rstrip("k").isdigit() else 0
+        if number < 1:
+            self.fail(f"{value!r} is neither a number of tokens, like 8192 or 32k, nor max", param, ctx)
+        return number
+
+
+_PLANNING: Final = (
+    click.option(
+        "--runtime", type=click.Choice(["auto", *RUNTIME_NAMES]), default="auto", show_default=True, help="What serves it."
+    ),
+    click.option("--ctx", type=Context(), help="Tokens of context per user [default: as trained, 8192 at most]."),
+    click.option(
+        "--users", type=click.IntRange(1, _MOST_USERS), default=1, show_default=True, help="How many at the same time."
+    ),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="KV-cache type."),
+    click.option("--gpus", metavar="LIST", help="GPUs to consider: indices, names or UUIDs, with commas [default: all]."),
+    click.option(
+        "--split", type=click.Choice(SPLIT_CHOICES), default="auto", show_default=True, help="How to use several GPUs."
+    ),
+    click.option(
+        "--offload",
+        type=click.Choice(OFFLOAD_CHOICES),
+        default="auto",
+        show_default=True,
+        help="Whether the CPU may help: auto, only if nothing else fits and it is usable.",
+    ),
+    click.option(
+        "--reserve", metavar="SIZE", multiple=True, help="Keep this free on every GPU; GPU=SIZE for one. Repeatable."
+    ),
+    click.option("--rig", type=RigName(), metavar="NAME|FILE", help="Plan for a saved rig instead of this machine."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on [default: a free one from 8080 up]."),
+    click.option("--api-key", metavar="KEY", help="Key that clients must send."),
+    click.option("--llama-server", metavar="PATH", help="The llama-server to use [default: found]."),
+    click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON; launch nothing."),
+    click.option("--force", is_flag=True, help="Do it although a rule refuses, or the memory is short."),
+)  # fmt: skip
+
+
+def to_request(options: dict[str, Any], runtime_args: tuple[str, ...]) -> Request:
+    """The typed request. Raises `UsageError` for sizes and lists that have no meaning."""
+    return Request(
+        runtime=options["runtime"],
+        ctx=options["ctx"],
+        users=options["users"],
+        kv_type=options["kv_type"],
+        gpus=_names(options["gpus"]),
+        split=options["split"],
+        offload=options["offload"],
+        reserve=tuple(_reserve(text) for text in options["reserve"]),
+        force=options["force"],
+        host=options["host"],
+        port=options["port"],
+        api_key=options["api_key"],
+        runtime_args=runtime_args,
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise UsageError(f"--gpus {text!r} has an empty entry", hint="write it like 0,2 or 3090,GPU-1a2b")
+    return names
+
+
+def _reserve(text: str) -> tuple[str, int]:
+    gpu, _, size = text.rpartition("=")
+    return gpu.strip(), parse_size(size)

@@ -1,0 +1,93 @@
+"""The few calm lines of `mgpu run`, as plain strings: what runs where, and why. Without rich: start-up."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from mgpu.adapter import Command
+from mgpu.model import Model
+from mgpu.plan import DevicePlan, Plan, RuleVerdict, Speed
+from mgpu.units import gib, gib_of
+
+#: Rules whose verdicts `run` shows in its few lines; `plan` shows all.
+_TELLING = ("fits-one-card", "fastest-card", "fewest-cards", "split-by-layers", "cpu-offload-last")
+
+
+def run_lines(model: Model, plan: Plan) -> tuple[str, ...]:
+    """What `run` says before it launches."""
+    lines = [f"{title(model)}: {size_words(model)}", f"  {where(plan)}{at_speed(plan.tok_s)}"]
+    lines += [f"  {verdict.text}" for verdict in plan.rules if _tells(verdict)]
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
+    return tuple(lines)
+
+
+def title(model: Model) -> str:
+    """`"Llama 3.1 8B Instruct Q4_K_M"`: the name, and the quantisation unless the name says it."""
+    return model.name if model.quantization in model.name else f"{model.name} {model.quantization}"
+
+
+def size_words(model: Model) -> str:
+    """`"8.0 B parameters, 32 layers, 4.6 GiB"`."""
+    billions = model.parameters / 10**9
+    parameters = f"{billions:.1f} B" if billions >= 1 else f"{model.parameters / 10**6:.0f} M"
+    experts = f", {model.hyper.n_expert} experts" if model.is_moe else ""
+    return f"{parameters} parameters, {model.hyper.n_layer} layers{experts}, {gib(model.weights_bytes)}"
+
+
+def where(plan: Plan) -> str:
+    """`"on GPU 0 (RTX 3090), 5.9 of 23.5 GiB, context 8192"`."""
+    context = f"context {plan.ctx}" + (f" x {plan.users} users" if plan.users > 1 else "")
+    if not plan.devices:
+        return f"on the CPU, {gib(plan.host.memory.total)} of RAM, {context}"
+    parts = [f"{name_of(device)} {_share(device, plan)}" for device in plan.devices]
+    return f"on {' + '.join(parts)}, {context}"
+
+
+def name_of(device: DevicePlan) -> str:
+    """`"GPU 0 (RTX 3090)"`."""
+    short = device.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")
+    return f"GPU {device.gpu} ({short})"
+
+
+def layers_of(device: DevicePlan) -> str:
+    """`"32 layers + output"`, or `"output alone"`."""
+    count = len(device.blocks)
+    if not count:
+        return "output alone" if device.has_output else "nothing"
+    return f"{count} layer{'s' if count > 1 else ''}" + (" + output" if device.has_output else "")
+
+
+def at_speed(speed: Speed | None) -> str:
+    """`", 95-128 tok/s predicted"`; empty when unknown."""
+    return "" if speed is None else f", {speed_words(speed)}"
+
+
+def speed_words(speed: Speed) -> str:
+    """`"95-128 tok/s predicted"`; a decimal where it matters."""
+    digits = 0 if speed.expected >= 10 else 1
+    how = "measured" if speed.measured else "predicted"
+    return f"{speed.low:.{digits}f}-{speed.high:.{digits}f} tok/s {how}"
+
+
+def shell_line(command: Command, scrubbed: tuple[str, ...] = ()) -> str:
+    """One line to paste into a shell: assignments first. `scrubbed` variables are in the caller's environment."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
+    if scrubbed:
+        unset = [word for name in scrubbed for word in ("-u", shlex.quote(name))]
+        return " ".join(["env", *unset, *assignments, shlex.join(command.argv)])
+    return " ".join([*assignments, shlex.join(command.argv)])
+
+
+def to_scrub(command: Command, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The caller's variables that would change the runtime's mind behind the plan's back."""
+    return tuple(sorted(name for name in environ if name.startswith(command.scrub)))
+
+
+def _share(device: DevicePlan, plan: Plan) -> str:
+    memory = gib_of(device.memory.total, device.free_bytes)
+    return memory if len(plan.devices) == 1 else f"{layers_of(device)}, {memory}"
+
+
+def _tells(verdict: RuleVerdict) -> bool:
+    return verdict.id in _TELLING and verdict.verdict != "passes"

@@ -1,0 +1,112 @@
+"""Shared by all tests: a home of their own, real parts where there are any, and models from committed headers."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+_HEADERS = Path(__file__).parent / "data" / "headers"
+
+#: Variables of the person who runs the tests that would change what is tested.
+_FOREIGN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NO_COLOR")
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write profiles, logs and caches below a directory of their own."""
+    home = tmp_path_factory.mktemp("home")
+    for variable, name in (
+        ("HOME", ""),
+        ("XDG_CONFIG_HOME", "config"),
+        ("XDG_STATE_HOME", "state"),
+        ("XDG_CACHE_HOME", "cache"),
+    ):
+        monkeypatch.setenv(variable, str(home / name))
+    for variable in _FOREIGN:
+        monkeypatch.delenv(variable, raising=False)
+    for variable in [name for name in os.environ if name.startswith("LLAMA_ARG_")]:
+        monkeypatch.delenv(variable)
+
+
+Mgpu = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def python_path() -> str:
+    """The source roots, for processes that tests start."""
+    return os.pathsep.join(str(_ROOT / root) for root in ("launcher", "adapters", "profiles"))
+
+
+@pytest.fixture
+def mgpu(python_path: str) -> Mgpu:
+    """`mgpu(*args, env=…)`: the program as a person runs it, in a process of its own."""
+
+    def call(*args: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "mgpu", *args],
+            env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`header("Llama-3.1-8B…")`: a GGUF of the model's full length, its header real and its weights a hole."""
+    directory = tmp_path_factory.mktemp("models")
+    sizes = dict(line.split(",") for line in (_HEADERS / "sizes.csv").read_text().splitlines()[1:])
+
+    def make(name: str) -> Path:
+        path = directory / f"{name}.gguf"
+        if not path.exists():
+            with gzip.open(_HEADERS / f"{name}.gguf.header.gz") as packed, path.open("wb") as out:
+                shutil.copyfileobj(packed, out)
+            os.truncate(path, int(sizes[name]))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """The real 253 MB model, or a skip that says how to get it."""
+    given = os.environ.get("MGPU_TEST_GGUF")
+    if given and Path(given).is_file():
+        return Path(given).absolute()
+    pytest.skip("no real model: set MGPU_TEST_GGUF, or run `make test-runtime`")
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> str:
+    """A real llama-server, or a skip that says how to get it."""
+    from mgpu.launch.find import find_runtime
+    from mgpu_adapters.llamacpp.adapter import LlamaCpp
+
+    found = find_runtime(LlamaCpp.search, explicit=None, environ=os.environ)
+    if found is None:
+        pytest.skip("no llama-server: set MGPU_LLAMA_SERVER, or run `make test-runtime`")
+    return found.executable
+
+
+@pytest.fixture
+def two_vulkan_devices(llama_server: str) -> dict[str, str]:
+    """The environment in which llama-server has two software Vulkan devices, or a skip."""
+    env = {"GGML_VK_VISIBLE_DEVICES": "0,0"}
+    listed = subprocess.run(
+        [llama_server, "--list-devices"], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+    if "Vulkan1: llvmpipe" not in listed.stdout:
+        pytest.skip("no software Vulkan: apt-get install mesa-vulkan-drivers")
+    return env
