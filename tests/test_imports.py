@@ -30,7 +30,7 @@ ALONE: Final = {
     "subprocess": ("mgpu.launch",),
     "pynvml": ("mgpu.detect.nvidia",),
     "requests": ("mgpu.launch", "mgpu.inspect.remote"),
-    "click": ("mgpu.cli", "mgpu.options", "mgpu.commands", "mgpu.rigs", "mgpu.shells", "mgpu.launch.foreground"),
+    "click": ("mgpu.cli", "mgpu.options", "mgpu.commands", "mgpu.rigs", "mgpu.shells"),
     "rich": ("mgpu.report",),
 }
 
@@ -90,7 +90,7 @@ def test_adapters_are_pure() -> None:
 def test_every_package_imported_is_declared() -> None:
     """Standard library, ours, or a dependency in pyproject.toml."""
     declared = {"click", "msgspec", "pynvml", "platformdirs", "psutil", "requests", "rich", "tomli_w"}
-        declared.add("urllib3")  # part of requests' own interface: its exceptions come through while a body streams
+    declared.add("urllib3")  # a part of requests' own interface: what a broken stream raises
     for module, path in MODULES.items():
         for imported in _imports(path):
             top = imported.split(".")[0]

@@ -73,6 +73,7 @@ class Command(Struct, frozen=True, kw_only=True):
     env: Mapping[str, str]
     scrub: tuple[str, ...]
     files: Mapping[str, str]
+    chat: bool = True  # the model has a chat template; without, it continues a text
     ready_url: str
     endpoint: str  # the base URL for OpenAI-compatible clients
 

@@ -104,6 +104,13 @@ class Speed(Struct, frozen=True, kw_only=True):
     high: float
     measured: bool = False
 
+    @property
+    def words(self) -> str:
+        """`"95-128 tok/s predicted"`; with a decimal where it matters. Never one bare number."""
+        digits = 0 if self.expected >= 10 else 1
+        how = "measured" if self.measured else "predicted"
+        return f"{self.low:.{digits}f}-{self.high:.{digits}f} tok/s {how}"
+
 
 class RuleVerdict(Struct, frozen=True, kw_only=True):
     """What one rule said, with the figures it used in the text. `source`: where rule and figures come from."""

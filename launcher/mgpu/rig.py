@@ -53,6 +53,11 @@ class Gpu(Struct, frozen=True, kw_only=True):
         return max(self.free_bytes - self.reserve_bytes, 0)
 
 
+def short_name(name: str) -> str:
+    """`"RTX 3090"`, `"llvmpipe"`: without the brand and what stands in parentheses, which say nothing more."""
+    return name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ").partition(" (")[0]
+
+
 class Link(Struct, frozen=True, kw_only=True):
     """The best way from one card to another; `gpus` are rig indices, smaller first. Pairs not listed are plain PCIe."""
 

@@ -16,6 +16,9 @@ from mgpu_adapters.llamacpp.settings import Settings
 #: Flags that not every build in use knows; passed only where `--help` lists them.
 _OPTIONAL: Final = frozenset({"fit", "n-cpu-moe", "verbosity"})
 
+#: Where a GGUF keeps its chat template; long ones are known by their length alone.
+_TEMPLATES: Final = frozenset({"tokenizer.chat_template", "tokenizer.chat_template.length"})
+
 #: The library's INFO lines (buffers, stages) come at this verbosity (llama.cpp b11434 common/log.cpp).
 _VERBOSITY: Final = "4"
 
@@ -52,6 +55,7 @@ def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that ho
         scrub=("LLAMA_ARG_",),
         watch_argv=watched if watched[0] in installed.flags and "verbosity" not in given else (),
         files={},
+        chat=bool(_TEMPLATES & model.metadata.keys()),
         ready_url=f"{base}/health",
         endpoint=f"{base}/v1",
     )

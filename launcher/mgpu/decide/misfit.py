@@ -22,7 +22,7 @@ def explain_misfit(case: Case, closest: Weighed, with_cpu: Weighed | None) -> tu
     if with_cpu is not None and with_cpu.host_short:
         message += f"; for the CPU's help RAM is short by {gib(with_cpu.host_short)}"
     elif helped is not None and helped.speed is not None and closest.gpus and case.request.offload == "auto":
-        message += f"; with the CPU's help it would run at {rules.speed_range(helped.speed)} tok/s (predicted)"
+        message += f"; with the CPU's help it would run at {helped.speed.words}"
     offers = list(_offers(case, closest))
     if helped is not None:
         offers.append("--offload allow runs it with the CPU's help")
@@ -53,7 +53,7 @@ def _lack(closest: Weighed) -> str:
     if closest.host_short:
         free = closest.host.total - closest.host_short
         return f"does not fit: needs {gib(closest.host.total)} of RAM, {gib(free)} free"
-    speed = "" if closest.speed is None else f" at {rules.speed_range(closest.speed)} tok/s (predicted)"
+    speed = "" if closest.speed is None else f" at {closest.speed.words}"
     return f"too slow to start unasked: the CPU alone would run it{speed}"
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from mgpu.decide.weigh import Weighed
 from mgpu.plan import RuleVerdict, Speed
-from mgpu.rig import Gpu
+from mgpu.rig import Gpu, short_name
 from mgpu.units import gib, gib_of
 
 _GUIDE: Final = "insiderllm.com/guides/multi-gpu-worth-it (2026-02-08)"
@@ -104,22 +104,13 @@ def display_card(chosen: Weighed) -> RuleVerdict | None:
 
 
 def label(gpu: Gpu) -> str:
-    """`"GPU 0 (RTX 3090)"`: the brand says nothing that the model number does not."""
-    name = gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")
-    return f"GPU {gpu.index} ({name})"
+    """`"GPU 0 (RTX 3090)"`."""
+    return f"GPU {gpu.index} ({short_name(gpu.name)})"
 
 
 def speed_text(speed: Speed | None) -> str:
-    """`"(~101-137 tok/s predicted)"`, to follow a noun."""
-    if speed is None:
-        return "(speed unknown)"
-    return f"({speed_range(speed)} tok/s {'measured' if speed.measured else 'predicted'})"
-
-
-def speed_range(speed: Speed) -> str:
-    """`"101-137"`, or `"2.1-3.4"` where a decimal matters."""
-    digits = 0 if speed.expected >= 10 else 1
-    return f"{speed.low:.{digits}f}-{speed.high:.{digits}f}"
+    """`"(101-137 tok/s predicted)"`, to follow a noun."""
+    return "(speed unknown)" if speed is None else f"({speed.words})"
 
 
 def _cost(single: Weighed, split: Weighed) -> str:

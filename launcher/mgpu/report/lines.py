@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from mgpu.adapter import Command
 from mgpu.model import Model
 from mgpu.plan import DevicePlan, Plan, RuleVerdict, Speed
+from mgpu.rig import short_name
 from mgpu.units import gib, gib_of
 
 #: Rules whose verdicts `run` shows in its few lines; `plan` shows all.
@@ -17,7 +18,7 @@ _TELLING = ("fits-one-card", "fastest-card", "fewest-cards", "split-by-layers", 
 def run_lines(model: Model, plan: Plan) -> tuple[str, ...]:
     """What `run` says before it launches."""
     lines = [f"{title(model)}: {size_words(model)}", f"  {where(plan)}{at_speed(plan.tok_s)}"]
-    lines += [f"  {verdict.text}" for verdict in plan.rules if _tells(verdict)]
+    lines += [f"  {verdict.text}" for verdict in plan.rules if _tells(verdict, plan)]
     lines += [f"  warning: {warning}" for warning in plan.warnings]
     return tuple(lines)
 
@@ -46,8 +47,7 @@ def where(plan: Plan) -> str:
 
 def name_of(device: DevicePlan) -> str:
     """`"GPU 0 (RTX 3090)"`."""
-    short = device.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")
-    return f"GPU {device.gpu} ({short})"
+    return f"GPU {device.gpu} ({short_name(device.name)})"
 
 
 def layers_of(device: DevicePlan) -> str:
@@ -60,14 +60,7 @@ def layers_of(device: DevicePlan) -> str:
 
 def at_speed(speed: Speed | None) -> str:
     """`", 95-128 tok/s predicted"`; empty when unknown."""
-    return "" if speed is None else f", {speed_words(speed)}"
-
-
-def speed_words(speed: Speed) -> str:
-    """`"95-128 tok/s predicted"`; a decimal where it matters."""
-    digits = 0 if speed.expected >= 10 else 1
-    how = "measured" if speed.measured else "predicted"
-    return f"{speed.low:.{digits}f}-{speed.high:.{digits}f} tok/s {how}"
+    return "" if speed is None else f", {speed.words}"
 
 
 def shell_line(command: Command, scrubbed: tuple[str, ...] = ()) -> str:
@@ -89,5 +82,6 @@ def _share(device: DevicePlan, plan: Plan) -> str:
     return memory if len(plan.devices) == 1 else f"{layers_of(device)}, {memory}"
 
 
-def _tells(verdict: RuleVerdict) -> bool:
-    return verdict.id in _TELLING and verdict.verdict != "passes"
+def _tells(verdict: RuleVerdict, plan: Plan) -> bool:
+    """What passes goes without saying, and so does where a plan for the CPU alone runs: the line above has it."""
+    return verdict.id in _TELLING and verdict.verdict != "passes" and plan.placement != "cpu"

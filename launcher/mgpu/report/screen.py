@@ -15,8 +15,8 @@ from rich.text import Text
 from mgpu.errors import DoesNotFitError, RefusedError
 from mgpu.model import Model
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan
-from mgpu.report.lines import layers_of, size_words, speed_words, title
-from mgpu.rig import Gpu, Rig
+from mgpu.report.lines import layers_of, size_words, title
+from mgpu.rig import Gpu, Rig, short_name
 from mgpu.units import GIB, gib, gib_of
 
 _BAR: Final = 36
@@ -69,7 +69,7 @@ def _head(model: Model, rig: Rig, plan: Plan) -> Group:
     verdict = Text(_VERDICT_WORDS[plan.refusal.exit_code if plan.refusal else 0], style="bold")
     verdict.append(_place_words(plan), style="bold")
     if plan.tok_s is not None and plan.refusal is None:
-        verdict.append(f", {speed_words(plan.tok_s)}")
+        verdict.append(f", {plan.tok_s.words}")
     context = f"context {plan.ctx}" + (f" x {plan.users} users" if plan.users > 1 else "")
     context += f", {plan.kv_type} KV cache"
     if plan.ctx_fits is not None and plan.ctx_fits > plan.ctx:
@@ -102,8 +102,7 @@ def _devices(rig: Rig, plan: Plan) -> Table:
 
 
 def _card(gpu: Gpu) -> Text:
-    name = gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
-    return Text(f"GPU {gpu.index} {name}", overflow="ellipsis")
+    return Text(f"GPU {gpu.index} {short_name(gpu.name)}", overflow="ellipsis")
 
 
 def _bar(gpu: Gpu, device: DevicePlan | None, largest: int) -> Text:
@@ -167,7 +166,7 @@ def _alternatives(plan: Plan) -> Group:
     for _ in range(3):
         table.add_column()
     for alternative in plan.alternatives:
-        speed = "" if alternative.tok_s is None else speed_words(alternative.tok_s).removesuffix(" predicted")
+        speed = "" if alternative.tok_s is None else alternative.tok_s.words.removesuffix(" predicted")
         table.add_row(_alternative_words(alternative), Text(speed, style="dim"), Text(alternative.why_not, style="dim"))
     return Group(Text("Also considered (speeds predicted)", style="bold"), Padding(table, (0, 0, 0, 2)))
 

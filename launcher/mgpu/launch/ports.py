@@ -1,0 +1,79 @@
+"""A port that the runtime can really bind, now."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Final
+
+from mgpu.errors import RuntimeFailedError, UsageError
+
+FIRST_PORT: Final = 8080  # llama.cpp's own until b11434 (it is 9931 from b11549 on: common/common.h)
+_TRIES: Final = 1000
+_LAST_PORT: Final = 65535
+
+
+def free_port(host: str, *, wanted: int | None = None, start: int = FIRST_PORT) -> int:
+    """`wanted` if it can be bound on `host` now; without a wish, the first port from `start` up that can.
+
+    Raises `UsageError` for a host that is not this machine's and for a port that is none or not permitted,
+    `RuntimeFailedError` for a wanted port in use, naming its holder where that can be seen.
+    """
+    if wanted is None:
+        last = min(start + _TRIES - 1, _LAST_PORT)
+        for port in range(start, last + 1):
+            if is_free(host, port):
+                return port
+        raise RuntimeFailedError(f"no free port on {host} from {start} to {last}", hint="choose one with --port")
+    if not 1 <= wanted <= _LAST_PORT:
+        raise UsageError(f"--port {wanted} is not a port", hint=f"give one from 1 to {_LAST_PORT}, or leave it out")
+    if not is_free(host, wanted):
+        from mgpu.launch.tree import holder  # psutil: 12 ms, for an error
+
+        by = holder(wanted)
+        raise RuntimeFailedError(
+            f"port {wanted} on {host} is in use{f' by {by}' if by else ''}",
+            hint="stop what listens there, choose another --port, or leave --port out to take a free one",
+        )
+    return wanted
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether every address of `host` can be bound at `port`. Raises `UsageError` when none of them ever could."""
+    bound = 0
+    for family, address in _addresses(host, port):
+        try:
+            _bind(family, address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            if error.errno == errno.EACCES:
+                raise UsageError(
+                    f"port {port} on {host} needs privileges", hint="choose a --port from 1024 up"
+                ) from error
+        else:
+            bound += 1
+    if not bound:
+        raise UsageError(
+            f"--host {host} is not an address of this machine", hint="use 127.0.0.1, or 0.0.0.0 to be seen from outside"
+        )
+    return True
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    """What `host` stands for, once each. Raises `UsageError` for a name nobody knows."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"--host {host!r} is not a known name or address", hint="use 127.0.0.1 or 0.0.0.0") from error
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))  # type: ignore[misc]  # IP only
+
+
+def _bind(family: socket.AddressFamily, address: tuple[str, int]) -> None:
+    """Bind and listen as llama-server does (tools/server/server-http.cpp, b11434), then let go."""
+    with socket.socket(family, socket.SOCK_STREAM) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT are no obstacle
+        if family is socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # "::" is IPv4 too, as in cpp-httplib
+        server.bind(address)
+        server.listen(1)

@@ -1,0 +1,153 @@
+"""What a runtime says of itself (`--version`, `--help`, `--list-devices`), asked once while it stays the same."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from mgpu.adapter import Probe
+from mgpu.errors import RuntimeMissingError
+from mgpu.launch.find import Found
+from mgpu.launch.process import describe_exit
+
+PROBE_TIMEOUT_S: Final = 20.0
+DEVICES_TIMEOUT_S: Final = 60.0  # opens every GPU; without persistence mode a driver takes seconds for each
+
+_MAX_OUTPUT: Final = 4 << 20
+_MAX_CACHED: Final = 64  # texts; llama-server's help is 60 kB
+
+
+def probe_runtime(
+    found: Found,
+    flags: tuple[str, ...],
+    *,
+    environ: Mapping[str, str],
+    cache: Path | None = None,
+    timeout_s: float = PROBE_TIMEOUT_S,
+) -> Probe:
+    """What `found` prints for each flag (both outputs together), from the cache where the file has not changed.
+
+    `cache` is the file to keep them in; by default `probes.json` in the user's cache directory.
+    Raises `RuntimeMissingError` for an executable that cannot run, hangs, crashes or fails, with its last line.
+    """
+    cache = cache or _default_cache()
+    identity = _identity(found.executable)
+    cached = _read_cache(cache)
+    known = {flag: cached[identity + flag] for flag in flags if identity + flag in cached}
+    fresh = {flag: _ask(found, flag, environ, timeout_s) for flag in flags if flag not in known}
+    if fresh:
+        _write_cache(cache, cached | {identity + flag: text for flag, text in fresh.items()})
+    return Probe(executable=found.executable, origin=found.origin, outputs=known | fresh)
+
+
+def list_devices(found: Found, flag: str, environ: Mapping[str, str], *, timeout_s: float = DEVICES_TIMEOUT_S) -> str:
+    """What `found` prints for `flag` in this very environment; never cached. Raises as `probe_runtime` does."""
+    return _ask(found, flag, environ, timeout_s)
+
+
+def _ask(found: Found, flag: str, environ: Mapping[str, str], timeout_s: float) -> str:
+    try:
+        process = subprocess.Popen(
+            (found.executable, flag),
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise _unusable(found, f"cannot be run: {error.strerror}") from error
+    text, ended = b"", False
+    try:
+        text, ended = _read(process, time.monotonic() + timeout_s)
+    finally:  # also for Ctrl-C: it never outlives the question
+        _end(process)
+    output = text.decode("utf-8", "replace")
+    if not ended:
+        raise _unusable(found, f"gave no end to `{flag}` within {timeout_s:.0f} s and 4 MiB")
+    if process.returncode != 0:
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+        raise _unusable(found, f"{describe_exit(process.returncode)} at `{flag}`: {last[:300]}")
+    return output
+
+
+def _read(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bool]:
+    """The output, and whether the process ended by itself in time, within the bound on its output."""
+    assert process.stdout is not None  # noqa: S101  # stdout=PIPE
+    text = b""
+    while len(text) < _MAX_OUTPUT:
+        piece = _read_piece(process.stdout, deadline)
+        if piece is None:
+            return text, False
+        if not piece:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+            return text, process.poll() is not None
+        text += piece
+    return text, False
+
+
+def _read_piece(pipe: IO[bytes], deadline: float) -> bytes | None:
+    """What came next; empty at the end; None when the time was over first."""
+    readable, _, _ = select.select([pipe], [], [], max(deadline - time.monotonic(), 0))
+    return os.read(pipe.fileno(), 1 << 16) if readable else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.stdout is not None:
+        process.stdout.close()
+    with suppress(subprocess.TimeoutExpired):  # stuck inside a driver: not ours to wait for
+        process.wait(2)
+
+
+def _unusable(found: Found, reason: str) -> RuntimeMissingError:
+    return RuntimeMissingError(
+        f"{found.executable} ({found.origin}) {reason}",
+        hint=f"try it by hand (`{found.executable} --version`), or install another: {found.install}",
+    )
+
+
+def _identity(executable: str) -> str:
+    """A prefix of cache keys that changes with the file, and with its directory: libraries beside it hold the flags."""
+    path = Path(executable).resolve()
+    try:
+        file, directory = path.stat(), path.parent.stat()
+    except OSError:
+        return f"{path}|gone|"  # running it will say why
+    return f"{path}|{file.st_size}|{file.st_mtime_ns}|{directory.st_mtime_ns}|"
+
+
+def _default_cache() -> Path:
+    import platformdirs  # 4 ms, not needed by plans for another rig
+
+    return Path(platformdirs.user_cache_dir("mgpu")) / "probes.json"
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        return {}  # absent or damaged: the runtime is asked again
+
+
+def _write_cache(path: Path, texts: dict[str, str]) -> None:
+    newest = dict(list(texts.items())[-_MAX_CACHED:])
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(msgspec.json.encode(newest))
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()  # no cache is no error: the next run asks again

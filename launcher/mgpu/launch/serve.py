@@ -1,0 +1,161 @@
+"""Start, wait until ready, answer or stay, stop: one launch from its command to its exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NoReturn, TextIO
+
+from msgspec import Struct
+
+from mgpu.adapter import Adapter, Buffer, Command
+from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
+from mgpu.launch.ask import print_answer
+from mgpu.launch.ports import FIRST_PORT, free_port, is_free
+from mgpu.launch.process import Child, environment
+from mgpu.launch.progress import LoadingLine, say
+from mgpu.launch.ready import wait_ready
+from mgpu.launch.signals import StopSignals
+from mgpu.launch.watch import Watch
+
+_PORT_TRIES: Final = 3
+
+
+class Launch(Struct, frozen=True, kw_only=True):
+    """What to launch and how. `command_for` is called with the port; `environ` is what `Command.env` is set on top of.
+
+    `port` None: a free one from 8080 up. `prompt`: answer this one question instead of staying.
+    `expected_bytes` is what loading will read, for the progress line.
+    """
+
+    command_for: Callable[[int], Command]
+    adapter: Adapter
+    environ: Mapping[str, str]
+    log_path: Path
+    host: str = "127.0.0.1"
+    port: int | None = None
+    api_key: str | None = None
+    expected_bytes: int = 0
+    prompt: str | None = None
+
+
+class Ready(Struct, frozen=True, kw_only=True):
+    """A runtime that answers. `seconds` from its start; `buffers` as its log printed them, in that order.
+
+    `proven`: it has generated a token; False when it said that it cannot be asked (a key of its own, embeddings only).
+    """
+
+    command: Command
+    port: int
+    pid: int
+    seconds: float
+    buffers: tuple[Buffer, ...]
+    log_path: Path
+    proven: bool
+
+
+class _PortTakenError(Exception):
+    """The port was free when we looked, and somebody else's when the runtime bound it."""
+
+
+def serve(
+    launch: Launch, *, on_ready: Callable[[Ready], None], out: TextIO | None = None, err: TextIO | None = None
+) -> int:
+    """Run `launch` in the foreground of the main thread; whatever happens, nothing of it runs afterwards.
+
+    Returns 0 after a `prompt` was answered. Else it ends with `InterruptedLaunchError` (SIGINT, SIGTERM, SIGHUP;
+    a second one kills at once), or with `RuntimeFailedError` when the runtime does not start or dies.
+    """
+    out, err = out or sys.stdout, err or sys.stderr
+    start, tries = FIRST_PORT, 0
+    with StopSignals() as stop:
+        while True:
+            port = free_port(launch.host, wanted=launch.port, start=start)
+            stop.check()
+            tries += 1
+            try:
+                may_move = launch.port is None and tries < _PORT_TRIES
+                _Session(launch, port, stop, err).run(on_ready, out, may_move=may_move)
+            except _PortTakenError:
+                start = port + 1
+            else:
+                return 0
+
+
+class _Session:
+    """One try of a launch on one port."""
+
+    def __init__(self, launch: Launch, port: int, stop: StopSignals, err: TextIO) -> None:
+        self.launch = launch
+        self.port = port
+        self.stop = stop
+        self.err = err
+        self.command = launch.command_for(port)
+
+    def run(self, on_ready: Callable[[Ready], None], out: TextIO, *, may_move: bool) -> None:
+        """Raises `_PortTakenError` only if `may_move`."""
+        launch, command = self.launch, self.command
+        _write_files(command.files)
+        started = time.monotonic()
+        child = Child.start((*command.argv, *command.watch_argv), environment(command, launch.environ), launch.log_path)
+        try:
+            with Watch(child, launch.adapter) as watch:
+                proven = self._load(watch, may_move=may_move)
+                on_ready(self._ready(watch, time.monotonic() - started, proven=proven))
+                if launch.prompt is None:
+                    self._stay(watch)
+                print_answer(launch.prompt, command, api_key=launch.api_key, watch=watch, stop=self.stop, out=out)
+        except InterruptedLaunchError:
+            say(self.err, f"stopping {child.name} (once more: kill it)")
+            raise
+        finally:
+            self._end(child)
+
+    def _load(self, watch: Watch, *, may_move: bool) -> bool:
+        line = LoadingLine(self.err, expected_bytes=self.launch.expected_bytes)
+        try:
+            return wait_ready(watch, self.command, stop=self.stop, api_key=self.launch.api_key, on_progress=line)
+        except RuntimeFailedError as error:
+            if may_move and watch.child.poll() is not None and not is_free(self.launch.host, self.port):
+                raise _PortTakenError from error
+            raise
+        finally:
+            line.close()
+
+    def _ready(self, watch: Watch, seconds: float, *, proven: bool) -> Ready:
+        return Ready(
+            command=self.command,
+            port=self.port,
+            pid=watch.child.pid,
+            seconds=seconds,
+            buffers=tuple(watch.buffers),
+            log_path=self.launch.log_path,
+            proven=proven,
+        )
+
+    def _stay(self, watch: Watch) -> NoReturn:
+        """Until it dies or we are asked to stop: both end in an exception."""
+        while watch.child.poll() is None:
+            self.stop.check()
+            self.stop.wait(None)
+        self.stop.check()
+        raise watch.death("while it was serving")
+
+    def _end(self, child: Child) -> None:
+        if child.stop(hurried=lambda: self.stop.hurried) is None:
+            say(self.err, f"process {child.pid} does not end, even killed: it is stuck inside a driver or a disk")
+
+
+def _write_files(files: Mapping[str, str]) -> None:
+    """What the runtime reads beside its arguments: paths to texts."""
+    for name, text in files.items():
+        path = Path(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RuntimeFailedError(
+                f"cannot write {path}, which the runtime needs: {error.strerror}", hint="make its directory writable"
+            ) from error

@@ -1,0 +1,70 @@
+"""A runtime under way: what its log has said so far, and why it died if it did."""
+
+from __future__ import annotations
+
+from typing import Final, Self
+
+from mgpu.adapter import Adapter, Buffer, Cause, Stage
+from mgpu.errors import RuntimeFailedError
+from mgpu.launch.logs import LogTail, last_lines
+from mgpu.launch.process import Child, describe_exit
+
+_LAST_LINES: Final = 8
+
+
+class Watch:
+    """Reads the log of `child` through `adapter.read_log`. `buffers` are in the log's order, as printed."""
+
+    def __init__(self, child: Child, adapter: Adapter) -> None:
+        self.child = child
+        self.stage = "starting"
+        self.buffers: list[Buffer] = []
+        self._adapter = adapter
+        self._cause: Cause | None = None
+        self._tail = LogTail(child.log_path, start=child.log_start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tail.close()
+
+    @property
+    def log_size(self) -> int:
+        """Bytes the log has by now."""
+        return self._tail.size
+
+    def update(self) -> None:
+        """Take in what the log has gained."""
+        self._take_in(self._tail.read())
+
+    def finish(self) -> None:
+        """Take in the rest of the log: all that a runtime said before it ended, or before it was ready."""
+        self._take_in(self._tail.read_rest())
+
+    def failure(self, what: str) -> RuntimeFailedError:
+        """`what` went wrong, with the cause that the log gives if it is a known one, and the log's last lines."""
+        self.finish()
+        log = self.child.log_path
+        name = self.child.name
+        if self._cause is None:
+            message, hint = f"{name} {what}", f"the whole log: {log}"
+        else:
+            message, hint = f"{name} {what}: {self._cause.text}", self._cause.hint
+        return RuntimeFailedError(message, hint=hint, log_tail=last_lines(log, _LAST_LINES, start=self.child.log_start))
+
+    def death(self, when: str) -> RuntimeFailedError:
+        """The failure of a child that has ended: how, and `when` ("before it was ready")."""
+        code = self.child.poll()
+        return self.failure(f"{'ended' if code is None else describe_exit(code)} {when}")
+
+    def _take_in(self, lines: list[str]) -> None:
+        for line in lines:
+            fact = self._adapter.read_log(line)
+            if isinstance(fact, Stage):
+                self.stage = fact.text
+                self._cause = None  # it went on: what was said before was not fatal
+            elif isinstance(fact, Buffer):
+                self.buffers.append(fact)
+            elif isinstance(fact, Cause) and self._cause is None:
+                self._cause = fact  # the first one; later ones are its consequences
