@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 MODEL = .cache/demo/gemma-3-270m-q4_k_m.gguf
 
 demo: $(VENV)/.demo $(MODEL)
-	$(PY) -m mgpu run $(MODEL) --prompt "The capital of France is"
+	$(PY) -m mgpu run $(MODEL) --prompt "Water boils at" -- --temp 0
 
 test: $(VENV)/.test
 	$(PY) -m pytest -q -m "not runtime and not vulkan"

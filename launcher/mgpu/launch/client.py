@@ -29,7 +29,7 @@ _OK: Final = 200
 
 #: Bounds on `--prompt`: a model may repeat itself for ever, and one without a chat template has no reason to stop.
 _ANSWER_TOKENS: Final = 4096
-_CONTINUATION_TOKENS: Final = 64
+_CONTINUATION_TOKENS: Final = 32
 
 #: Refusals that say nothing about the model: a key given after `--`, a server for embeddings only.
 _CANNOT_ASK: Final = frozenset({401, 403, 404, 405, 501})

@@ -1,0 +1,190 @@
+"""What is MODEL? A path, a directory, one shard of several, a URL, or a mistake that deserves a good answer."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Sequence
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Final
+
+from mgpu.errors import BadModelError
+from mgpu.inspect.foreign import check_magic, shown
+from mgpu.inspect.gguf import DAMAGED, MAX_HEADER_BYTES, Header, parse_header
+from mgpu.inspect.gguf_model import build_model
+from mgpu.model import Model, ModelFile
+
+_GGUF: Final = ".gguf"
+_MAX_LISTED: Final = 8  # names in one message
+
+ReadHeader = Callable[[str], tuple[Header, ModelFile]]
+
+
+def read_model(argument: str) -> Model:
+    """The model that `argument` names. Raises `BadModelError` for everything that cannot be one."""
+    scheme, colon, _ = argument.partition("://")
+    if not colon:
+        return _assemble(str(_find_file(argument)), _read_file)
+    if scheme.lower() in {"http", "https"}:
+        from mgpu.inspect.remote import read_header
+
+        return _assemble(argument, read_header)
+    raise BadModelError(
+        f"{shown(argument)}: {shown(scheme)}:// is not supported",
+        hint="give the path of a .gguf file, or its http(s) URL",
+    )
+
+
+def _assemble(path: str, read: ReadHeader) -> Model:
+    """The model of which `path` is the file, or any shard."""
+    header, file = read(path)
+    n_shards = _n_shards(header, file.path)
+    if n_shards <= 1:
+        return build_model((header,), (file,))
+    paths = _shard_paths(path, n_shards)
+    if read is _read_file:
+        _check_present(paths)
+    shards = [(header, file) if shard == path else read(shard) for shard in paths]
+    headers, files = zip(*shards, strict=True)
+    _check_shards(headers, [file.path for file in files])
+    return build_model(headers, files)
+
+
+def _n_shards(header: Header, path: str) -> int:
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or not 0 <= count <= 0xFFFF:  # u16
+        raise BadModelError(f"{shown(path)}: split.count is {shown(str(count))}, not a number of shards", hint=DAMAGED)
+    return count
+
+
+def _shard_paths(path: str, n_shards: int) -> tuple[str, ...]:
+    """All shards, by llama.cpp's naming, `PREFIX-00001-of-00003.gguf`; a URL's query goes with each."""
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    ending = f"-of-{n_shards:05d}{_GGUF}"
+    stem = base.removesuffix(ending)
+    prefix, number = stem[:-6], stem[-5:]
+    if stem == base or stem[-6:-5] != "-" or not (number.isdecimal() and number.isascii()):
+        raise BadModelError(
+            f"{shown(base)} is one of {n_shards} shards (split.count), but its name does not say which",
+            hint=f"give the shards their published names back: NAME-00001{ending}",
+        )
+    return tuple(f"{prefix}-{no:05d}{ending}{mark}{query}" for no in range(1, n_shards + 1))
+
+
+def _check_present(paths: Sequence[str]) -> None:
+    missing = [Path(path).name for path in paths if not Path(path).exists()]
+    if missing:
+        directory = shown(str(Path(paths[0]).parent))
+        raise BadModelError(
+            f"{len(missing)} of {len(paths)} shards are missing in {directory}: {_listed(missing)}",
+            hint="download the missing shards into the same directory",
+        )
+
+
+def _check_shards(headers: Sequence[Header], paths: Sequence[str]) -> None:
+    """Numbers, counts and tensors must agree (`src/llama-model-loader.cpp` of llama.cpp b11434)."""
+    home: dict[str, str] = {}
+    for index, (header, path) in enumerate(zip(headers, paths, strict=True)):
+        number, count = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if (number, count) != (index, len(paths)):
+            raise BadModelError(
+                f"{shown(path)}: split.no and split.count are {shown(str(number))} and {shown(str(count))}, "
+                f"they must be {index} and {len(paths)}",
+                hint="the shard was renamed, or is of another model: download it again",
+            )
+        for tensor in header.tensors:
+            other = home.setdefault(tensor.name, path)
+            if other != path:
+                raise BadModelError(
+                    f"{shown(path)}: the tensor {shown(tensor.name)} is also in {shown(other)}", hint=DAMAGED
+                )
+    expected = headers[0].metadata.get("split.tensors.count")
+    if expected != len(home):
+        raise BadModelError(
+            f"{shown(paths[0])}: the shards hold {len(home)} tensors, split.tensors.count is {shown(str(expected))}",
+            hint="a shard is of another model: download the shards again",
+        )
+
+
+def _read_file(path: str) -> tuple[Header, ModelFile]:
+    """The header of a regular file."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a FIFO would wait for a writer
+            raise BadModelError(f"{shown(path)} is not a regular file", hint="give the path of a .gguf file")
+        with Path(path).open("rb") as file:
+            n_bytes = file.seek(0, 2)
+            if n_bytes == 0:
+                check_magic(b"", path)  # raises; and nothing can be mapped
+            with mmap(file.fileno(), min(n_bytes, MAX_HEADER_BYTES), access=ACCESS_READ) as buffer:
+                header = parse_header(buffer, n_bytes_total=n_bytes, origin=path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return header, ModelFile(path=path, n_bytes=n_bytes)
+
+
+def _find_file(argument: str) -> Path:
+    """The file that a path or directory means: absolute, links not resolved."""
+    if not argument or "\0" in argument:
+        raise BadModelError(f"not a path: {argument!r}", hint="give the path of a .gguf file")
+    path = Path(argument).absolute()
+    try:
+        return _find_in_directory(path) if stat.S_ISDIR(path.stat().st_mode) else path
+    except (FileNotFoundError, NotADirectoryError):
+        from mgpu.inspect.missing import explain_missing
+
+        raise explain_missing(argument, path) from None
+    except OSError as error:
+        raise _unreadable(argument, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> BadModelError:
+    hint = "check who may read it: ls -l" if isinstance(error, PermissionError) else ""
+    return BadModelError(f"{shown(path)} cannot be read: {error.strerror or error}", hint=hint)
+
+
+def _find_in_directory(directory: Path) -> Path:
+    """The one model in it: a file, or the first shard of a set. Projectors (mmproj) do not count beside a model."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    ggufs = [name for name in names if name.lower().endswith(_GGUF) and not (directory / name).is_dir()]
+    models = [name for name in ggufs if "mmproj" not in name.lower()] or ggufs
+    firsts = sorted({_first_shard(name) for name in models})
+    if len(firsts) == 1:
+        # a set whose first shard is missing is named by one that is there: the complaint lists the others
+        return directory / (firsts[0] if firsts[0] in models else models[0])
+    if firsts:
+        raise BadModelError(
+            f"{shown(str(directory))} holds {len(firsts)} models: {_listed(firsts)}",
+            hint="give the path of one of them",
+        )
+    raise _no_gguf(directory, names)
+
+
+def _first_shard(name: str) -> str:
+    """`"m-00002-of-00003.gguf"` as `"m-00001-of-00003.gguf"`; other names as they are."""
+    parts = name.rsplit("-", 3)
+    if len(parts) == 4 and parts[2] == "of" and parts[1].isdecimal() and len(parts[1]) == 5:
+        return "-".join((parts[0], "00001", "of", parts[3]))
+    return name
+
+
+def _no_gguf(directory: Path, names: Sequence[str]) -> BadModelError:
+    hint = "give the path of a .gguf file"
+    if any(name.endswith(".safetensors") for name in names):
+        what = "a safetensors model"
+        hint = "download a GGUF of the model, or convert it: convert_hf_to_gguf.py of llama.cpp"
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        what = "PyTorch weights"
+        hint = "download a GGUF of the model, or convert it: convert_hf_to_gguf.py of llama.cpp"
+    elif below := sorted({path.parent.name for path in directory.glob("*/*" + _GGUF)}):
+        what = f"directories with some: {_listed(below)}"
+        hint = "give the path of one of them"
+    else:
+        what = _listed(names) if names else "nothing"
+    return BadModelError(
+        f"{shown(str(directory))} has no .gguf file, and this version reads GGUF files only; it holds {what}", hint=hint
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(shown(name) for name in names[:_MAX_LISTED]) + more
