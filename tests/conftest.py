@@ -80,6 +80,19 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiled FAKE libnvidia-ml.so.1, for LD_LIBRARY_PATH; it reads $FAKE_NVML_CONFIG."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build the fake libnvidia-ml.so.1")
+    source = Path(__file__).parent / "fakenvml" / "fakenvml.c"
+    built = tmp_path_factory.mktemp("fakenvml") / "libnvidia-ml.so.1"
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
+    subprocess.run([compiler, *flags, f"-Wl,-soname,{built.name}", "-o", built, source], check=True)
+    return built.parent
+
+
+@pytest.fixture(scope="session")
 def real_gguf() -> Path:
     """The real 253 MB model, or a skip that says how to get it."""
     given = os.environ.get("MGPU_TEST_GGUF")

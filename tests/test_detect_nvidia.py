@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ from mgpu.rig import Gpu, Link, Pcie
 from mgpu.units import GIB
 
 ROOT = Path(__file__).parents[1]
-FAKE_SOURCE = Path(__file__).parent / "fakenvml" / "fakenvml.c"
 
 NVLINK_STATE = "nvmlDeviceGetNvLinkState"
 P2P_STATUS = "nvmlDeviceGetP2PStatus"
@@ -302,18 +300,6 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the compiled fake."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (cc) to build the fake libnvidia-ml.so.1")
-    built = tmp_path_factory.mktemp("fakenvml") / "libnvidia-ml.so.1"
-    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
-    subprocess.run([compiler, *flags, f"-Wl,-soname,{built.name}", "-o", built, FAKE_SOURCE], check=True)
-    return built.parent
-
-
 def run_python(code: str, *args: Path, **environ: str) -> list[NvidiaProbe]:
     roots = os.pathsep.join(str(ROOT / name) for name in ("launcher", "adapters", "profiles"))
     path = os.pathsep.join(filter(None, (environ.pop("PYTHONPATH", ""), roots)))
@@ -334,11 +320,11 @@ def without_live_memory(result: NvidiaProbe) -> NvidiaProbe:
     return msgspec.structs.replace(result, gpus=gpus)
 
 
-def test_the_library_and_the_python_fake_agree(library: Path, tmp_path: Path) -> None:
+def test_the_library_and_the_python_fake_agree(fake_nvml: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.toml" for number in range(len(MACHINES))]
     for file, machine in zip(files, MACHINES.values(), strict=True):
         file.write_text(machine.toml(), encoding="utf-8")
-    results = run_python(PROBE, *files, LD_LIBRARY_PATH=str(library))
+    results = run_python(PROBE, *files, LD_LIBRARY_PATH=str(fake_nvml))
     expected = [without_live_memory(probe(machine)) for machine in MACHINES.values()]
     assert [without_live_memory(result) for result in results] == expected
 
@@ -356,7 +342,7 @@ def test_without_the_library(tmp_path: Path) -> None:
 
 
 @needs_no_driver
-def test_wsl_finds_its_library(library: Path, tmp_path: Path) -> None:
+def test_wsl_finds_its_library(fake_nvml: Path, tmp_path: Path) -> None:
     """Only the path is known, and nothing that the loader searches leads there."""
     config = tmp_path / "rig.toml"
     config.write_text(MACHINES["one card"].toml(), encoding="utf-8")
@@ -365,7 +351,7 @@ import os, types
 import mgpu.detect.nvml as nvml
 release = os.uname().release
 os.uname = lambda: types.SimpleNamespace(release="6.6.87.2-microsoft-standard-WSL2")
-nvml.WSL_LIBRARY = {str(library / "libnvidia-ml.so.1")!r}
+nvml.WSL_LIBRARY = {str(fake_nvml / "libnvidia-ml.so.1")!r}
 {PROBE}"""
     (result,) = run_python(code, config)
     assert [gpu.name for gpu in result.gpus] == ["NVIDIA GeForce RTX 3090"]
@@ -388,15 +374,15 @@ def old_package(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_old_package_in_the_way_is_named(library: Path, tmp_path: Path, old_package: Path) -> None:
+def test_an_old_package_in_the_way_is_named(fake_nvml: Path, tmp_path: Path, old_package: Path) -> None:
     config = tmp_path / "rig.toml"
     config.write_text(MACHINES["one card"].toml(), encoding="utf-8")
-    (result,) = run_python(PROBE, config, LD_LIBRARY_PATH=str(library), PYTHONPATH=str(old_package))
+    (result,) = run_python(PROBE, config, LD_LIBRARY_PATH=str(fake_nvml), PYTHONPATH=str(old_package))
     assert "pynvml 11.5.0 hides nvidia-ml-py" in texts(result)
     assert [gpu.free_bytes for gpu in result.gpus] == [24 * GIB - 381_681_664]
 
 
-def test_the_redirecting_package_does_not_warn_through_us(library: Path, tmp_path: Path) -> None:
+def test_the_redirecting_package_does_not_warn_through_us(fake_nvml: Path, tmp_path: Path) -> None:
     """`run_python` turns warnings into errors; PyPI's pynvml 12+ makes importing the module warn."""
     site = tmp_path / "site"
     site.mkdir()
@@ -405,5 +391,5 @@ def test_the_redirecting_package_does_not_warn_through_us(library: Path, tmp_pat
     (site / "pynvml.py").write_text(noisy, encoding="utf-8")
     config = tmp_path / "rig.toml"
     config.write_text(MACHINES["one card"].toml(), encoding="utf-8")
-    (result,) = run_python(PROBE, config, LD_LIBRARY_PATH=str(library), PYTHONPATH=str(site))
+    (result,) = run_python(PROBE, config, LD_LIBRARY_PATH=str(fake_nvml), PYTHONPATH=str(site))
     assert result.state == "ok"

@@ -30,7 +30,7 @@ ALONE: Final = {
     "subprocess": ("mgpu.launch",),
     "pynvml": ("mgpu.detect.nvidia",),
     "requests": ("mgpu.launch", "mgpu.inspect.remote"),
-    "click": ("mgpu.cli", "mgpu.options", "mgpu.commands", "mgpu.rigs", "mgpu.shells"),
+    "click": ("mgpu_profiles.store", "mgpu.cli", "mgpu.options", "mgpu.commands", "mgpu.rigs", "mgpu.shells"),
     "rich": ("mgpu.report",),
 }
 

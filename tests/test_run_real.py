@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,20 +100,56 @@ def test_the_printed_line_starts_the_real_thing(mgpu: Mgpu, real_gguf: Path, lla
 
 
 @pytest.mark.runtime
-def test_stays_until_interrupted_and_gives_the_port_back(start: Start, real_gguf: Path) -> None:
+@pytest.mark.parametrize("stage", ["loading", "serving"])
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        pytest.param((signal.SIGINT,), 130, id="Ctrl-C"),
+        pytest.param((signal.SIGINT, signal.SIGINT), 130, id="Ctrl-C twice"),
+        pytest.param((signal.SIGTERM,), 130, id="SIGTERM"),
+        pytest.param((signal.SIGHUP,), 130, id="closed terminal"),
+        pytest.param((signal.SIGKILL,), -signal.SIGKILL, id="SIGKILL"),
+    ],
+)
+def test_stopped_at_any_stage_nothing_is_left(
+    start: Start, real_gguf: Path, stage: str, signals: tuple[signal.Signals, ...], code: int
+) -> None:
     process = start("run", str(real_gguf), "--ctx", "512")
-    _until(lambda: "listening on" in _log() and "warming" in _log() and _serving(process))
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert [child.name() for child in children] == ["llama-server"]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
-    assert not any(child.is_running() for child in children)
+    _until(lambda: _children(process) if stage == "loading" else _serving(process))
+    children = _children(process)
+    ports = [c.laddr.port for child in children for c in child.net_connections() if c.status == psutil.CONN_LISTEN]
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.15)  # closer together they count as one
+    assert process.wait(20) == code
+    _until(lambda: not any(_alive(child) for child in children), 20)
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+def _children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The runtime's processes; the `--help` and `--list-devices` that come before are none."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in found if "--model" in _words(child)]
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _serving(process: subprocess.Popen[str]) -> bool:
     return any(
         connection.status == psutil.CONN_LISTEN
-        for child in psutil.Process(process.pid).children(recursive=True)
+        for child in _children(process)
         for connection in child.net_connections()
     )
 
@@ -121,7 +158,7 @@ def _serving(process: subprocess.Popen[str]) -> bool:
 def test_a_killed_runtime_is_exit_7_with_its_last_lines(start: Start, real_gguf: Path) -> None:
     process = start("run", str(real_gguf), "--ctx", "512")
     _until(lambda: _serving(process))
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in _children(process):
         child.kill()
     _, err = process.communicate(timeout=30)
     assert process.returncode == 7

@@ -5,6 +5,7 @@ Modules are imported where they are used: `mgpu run --dry-run` is meant to be do
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any, NoReturn
@@ -190,6 +191,7 @@ def completions(shell: str) -> None:
 
 def main() -> NoReturn:
     """The console script: every way to end has its exit code, and only a bug has a traceback."""
+    gc.disable()  # a few MB live as long as the process: collecting them is 3 % of a dry run, and frees nothing
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path need not be valid text, nor a terminal UTF-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -156,6 +157,8 @@ def print_runtimes(*, as_json: bool) -> None:
 def launch(decided: Decided, prompt: str | None) -> None:
     """Explain, start, wait until ready, stay or answer; ends by an `MgpuError` unless a prompt was answered."""
     from mgpu.launch.foreground import launch_plan
+
+    gc.enable()  # from here on we may live for weeks
 
     _explain(decided)
     _stop_if_refused(decided.plan)

@@ -71,7 +71,7 @@ def _at_largest_ctx(case: Case) -> Job:
 def _split_by_request(case: Case, options: Options) -> Plan:
     """`--split pipeline`: refused where one card would do, unless forced. All of `--gpus` are used where given."""
     exact = split_over(case, len(case.gpus)) if case.request.gpus else None
-    split = exact or options.split or options.needless or fewest(case)
+    split = exact or options.split or fewest(case)
     if split is None:
         return _misfit(case, options)
     if options.single is None or case.request.force:

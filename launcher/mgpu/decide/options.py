@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.adapter import Job
-from mgpu.decide.place import evened, fastest_first, least_offload, on_host, on_one, pipeline, subsets
+from mgpu.decide.place import by_room, evened, fastest_first, least_offload, on_host, on_one, pipeline, subsets
 from mgpu.decide.weigh import Weighed, weigh
 from mgpu.plan import Layout
 from mgpu.request import Request
@@ -61,8 +61,7 @@ def weigh_options(case: Case) -> Options:
     job, gpus = case.job, case.gpus
     singles = tuple(sorted((weigh(job, on_one(job, gpu), (gpu,), case.rig) for gpu in gpus), key=_rank))
     if any(single.fits for single in singles):
-        needless = split_over(case, 2) if len(gpus) > 1 else None
-        return Options(singles=singles, needless=needless)
+        return Options(singles=singles, needless=_needless(case))
     split = None if case.one_card_only else fewest(case)
     if split is not None:
         return Options(singles=singles, split=split)
@@ -94,6 +93,12 @@ def holds_on_gpus(case: Case) -> bool:
     """Whether the cards hold the job without the CPU: what `--ctx max` and "what would fit" are searched with."""
     single = any(weigh(case.job, on_one(case.job, gpu), (gpu,), case.rig).fits for gpu in case.gpus)
     return single or (not case.one_card_only and fewest(case) is not None)
+
+
+def _needless(case: Case) -> Weighed | None:
+    """The split the runtime would make of it unasked, over the two fastest cards: what rule `fits-one-card` saves."""
+    pair = fastest_first(case.gpus)[:2]
+    return weigh(case.job, by_room(case.job, pair), pair, case.rig) if len(pair) > 1 else None
 
 
 def _offload(case: Case) -> Weighed | None:
