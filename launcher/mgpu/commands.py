@@ -174,12 +174,24 @@ def launch(decided: Decided, prompt: str | None) -> None:
 
 def _kv_bytes_per_token(model: Model) -> int:
     """What one more token of context takes, f16; sliding windows no longer grow at this length."""
+    if model.format != "gguf":
+        return _stated_kv_bytes_per_token(model)
     adapter = pick_adapter(Request(), model)
     short, long = (1 << 17, 1 << 18)
     job = adapter.job(model, Request(ctx=short), adapter.assumed())
     everything = Shape(n_devices=0, host_layers=job.n_units)
     grown = job.at_ctx(long).host(everything, ()).kv - job.host(everything, ()).kv
     return grown // (long - short)
+
+
+def _stated_kv_bytes_per_token(model: Model) -> int:
+    """As `_kv_bytes_per_token`, by the model's own numbers. A runtime may keep less for blocks with a window."""
+    hyper = model.hyper
+    n_head_kv = hyper.n_head_kv[: hyper.n_layer - hyper.n_layer_nextn]
+    latent, rope = model.metadata.get("kv_lora_rank"), model.metadata.get("qk_rope_head_dim")
+    if isinstance(latent, int) and isinstance(rope, int):  # MLA: one latent vector for all heads
+        return 2 * sum(n > 0 for n in n_head_kv) * (latent + rope)
+    return 2 * sum(n_head_kv) * (hyper.head_dim_k + hyper.head_dim_v)
 
 
 def _explain(decided: Decided) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mgpu.decide import rules
-from mgpu.decide.options import Case, Options
+from mgpu.decide.options import Case, Options, Sketch
 from mgpu.decide.weigh import Weighed
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan, Refusal, RuleVerdict
+from mgpu.request import RuntimeName
 from mgpu.units import gib
 
 
@@ -69,7 +70,7 @@ def _verdicts(case: Case, chosen: Weighed, options: Options, n_blocks: int) -> t
 
 
 def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alternative]:
-    for other in (*options.singles, options.split, options.needless, options.offload, options.cpu):
+    for other in (*options.singles, options.split, options.offload, options.cpu):
         if other is None or other.layout == chosen.layout:
             continue
         yield Alternative(
@@ -81,13 +82,25 @@ def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alt
             tok_s=other.speed,
             why_not=_why_not(chosen, other),
         )
+    if options.needless is not None and chosen.kind == "single":
+        yield _needless(case.job.runtime, options.needless)
+
+
+def _needless(runtime: RuntimeName, sketch: Sketch) -> Alternative:
+    return Alternative(
+        runtime=runtime,
+        placement="pipeline",
+        gpus=sketch.layout.gpus,
+        fits=True,
+        short_bytes=0,
+        tok_s=sketch.speed,
+        why_not="needless split",
+    )
 
 
 def _why_not(chosen: Weighed, other: Weighed) -> str:
     if not other.fits:
         return f"short by {gib(other.short_bytes)}"
-    if other.kind == "pipeline" and chosen.kind == "single":
-        return "needless split"
     if other.kind in {"offload", "cpu"}:
         return "the CPU comes last"
     if other.speed and chosen.speed and other.speed.expected < chosen.speed.expected * 0.995:

@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Job
 from mgpu.decide.place import by_room, evened, fastest_first, least_offload, on_host, on_one, pipeline, subsets
+from mgpu.decide.speed import predict
 from mgpu.decide.weigh import Weighed, weigh
-from mgpu.plan import Layout
+from mgpu.plan import Layout, Speed
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig
 
@@ -31,12 +32,20 @@ class Case(Struct, frozen=True, kw_only=True):
         return replace(self, job=job)
 
 
+class Sketch(Struct, frozen=True, kw_only=True):
+    """A placement known only by its speed: nobody means to use it, so its memory is not worth the milliseconds."""
+
+    layout: Layout
+    gpus: tuple[Gpu, ...]
+    speed: Speed | None
+
+
 class Options(Struct, frozen=True, kw_only=True):
     """Every placement that was weighed. `singles` are best first; `split` is the fastest over the fewest cards."""
 
     singles: tuple[Weighed, ...] = ()
     split: Weighed | None = None
-    needless: Weighed | None = None  # the smallest split of a model that one card holds
+    needless: Sketch | None = None  # the smallest split of a model that one card holds
     offload: Weighed | None = None
     cpu: Weighed | None = None
 
@@ -95,10 +104,13 @@ def holds_on_gpus(case: Case) -> bool:
     return single or (not case.one_card_only and fewest(case) is not None)
 
 
-def _needless(case: Case) -> Weighed | None:
+def _needless(case: Case) -> Sketch | None:
     """The split the runtime would make of it unasked, over the two fastest cards: what rule `fits-one-card` saves."""
     pair = fastest_first(case.gpus)[:2]
-    return weigh(case.job, by_room(case.job, pair), pair, case.rig) if len(pair) > 1 else None
+    if len(pair) < 2:
+        return None
+    layout = by_room(case.job, pair)
+    return Sketch(layout=layout, gpus=pair, speed=predict(case.job, layout, pair, case.rig.ram_bandwidth_bytes_per_s))
 
 
 def _offload(case: Case) -> Weighed | None:

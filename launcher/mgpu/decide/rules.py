@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from mgpu.decide.options import Sketch
 from mgpu.decide.weigh import Weighed
 from mgpu.plan import RuleVerdict, Speed
 from mgpu.rig import Gpu, short_name
@@ -17,7 +18,7 @@ _BENCH: Final = "XiongjieDai/GPU-Benchmarks@aa72e0e: 8B on 1/2/4x 3090 111.7/108
 MIN_TOK_S: Final = 3.0
 
 
-def fits_one_card(chosen: Weighed, best_single: Weighed | None, needless: Weighed | None) -> RuleVerdict:
+def fits_one_card(chosen: Weighed, best_single: Weighed | None, needless: Sketch | None) -> RuleVerdict:
     """`needless`: the split that was avoided (or forced), for its speed."""
     source = f"{_GUIDE}; {_BENCH}"
     if best_single is None:
@@ -113,7 +114,7 @@ def speed_text(speed: Speed | None) -> str:
     return "(speed unknown)" if speed is None else f"({speed.words})"
 
 
-def _cost(single: Weighed, split: Weighed) -> str:
+def _cost(single: Weighed, split: Weighed | Sketch) -> str:
     if single.speed is None or split.speed is None:
         return ""
     one, many = single.speed.expected, split.speed.expected
