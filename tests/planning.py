@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mgpu.decide.choose import choose
+from mgpu.decide.consider import with_reserves
 from mgpu.inspect.source import read_model
 from mgpu.plan import Plan, RuleVerdict
 from mgpu.request import Request
@@ -28,7 +29,8 @@ def decide(model: Path, rig: Rig | str, **asked: Any) -> Plan:
     """The plan for a model file on a rig, as asked."""
     adapter, request = LlamaCpp(), Request(**asked)
     job = adapter.job(read(str(model)), request, adapter.assumed())
-    return choose(request, rig_named(rig) if isinstance(rig, str) else rig, job)
+    machine = with_reserves(request, rig_named(rig) if isinstance(rig, str) else rig)
+    return choose(request, machine, job)
 
 
 def verdict(plan: Plan, rule: str) -> RuleVerdict | None:

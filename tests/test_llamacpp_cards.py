@@ -62,7 +62,7 @@ def test_mixed_vendors_are_numbered_each_by_their_own() -> None:
     assert visibility((amd,), _rig(_gpu(0), amd)) == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "",
-        "HIP_VISIBLE_DEVICES": "1",
+        "HIP_VISIBLE_DEVICES": "0",  # the first of AMD's own
     }
 
 
@@ -81,6 +81,12 @@ def test_a_vulkan_build_names_the_nvidia_cards_in_its_own_order() -> None:
         _listed(f"Vulkan{i}", f"NVIDIA GeForce RTX {model}") for i, model in enumerate(("3090", "3090", "3060"))
     )
     assert [gpu.device for gpu in bind(rig, listed).gpus] == ["Vulkan2", "Vulkan0", "Vulkan1"]
+
+
+def test_a_name_within_another_name_is_not_it() -> None:
+    rig = _rig(_gpu(0, "NVIDIA GeForce RTX 3060"), _gpu(1, "NVIDIA GeForce RTX 3060 Ti"))
+    listed = (_listed("Vulkan0", "NVIDIA GeForce RTX 3060 Ti"), _listed("Vulkan1", "NVIDIA GeForce RTX 3060"))
+    assert [gpu.device for gpu in bind(rig, listed).gpus] == ["Vulkan1", "Vulkan0"]
 
 
 def test_a_build_without_the_backend_cannot_use_the_card_and_says_so() -> None:

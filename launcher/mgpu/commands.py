@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Command, Endpoint, Job
 from mgpu.decide.choose import choose, room_for_ctx
+from mgpu.decide.consider import with_reserves
 from mgpu.errors import DoesNotFitError, MgpuError, RefusedError
 from mgpu.gather import Facts, gather
 from mgpu.inspect.source import read_model
@@ -55,6 +56,7 @@ def decide(
     model = read_model(argument)
     adapter = pick_adapter(request, model)
     facts = gather(adapter, rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
+    facts = replace(facts, rig=with_reserves(request, facts.rig))
     job = adapter.job(model, request, facts.installed)
     plan = choose(request, facts.rig, job)
     if explore:
@@ -78,9 +80,8 @@ def print_plan(decided: Decided, svg: str | None) -> None:
     from mgpu.report.screen import console, plan_screen
 
     line = _line(decided) if decided.command is not None else None
-    screen = plan_screen(decided.model, decided.facts.rig, decided.plan, line)
     out = console(record=svg is not None)
-    out.print(screen)
+    out.print(plan_screen(decided.model, decided.facts.rig, decided.plan, line, out.width))
     if svg is not None:
         _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
     _note(decided)

@@ -60,13 +60,14 @@ def visibility(gpus: Sequence[Gpu], rig: Rig) -> dict[str, str]:
             continue
         if vendor == "nvidia":
             env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        chosen = [gpu for gpu in gpus if gpu.vendor == vendor and gpu.device is None]
-        env[variable] = ",".join(_selector(gpu) for gpu in chosen)
+        chosen = [gpu for gpu in gpus if gpu in ours]
+        env[variable] = ",".join(_selector(gpu, ours) for gpu in chosen)
     return env
 
 
-def _selector(gpu: Gpu) -> str:
-    return gpu.uuid if gpu.uuid is not None and gpu.vendor == "nvidia" else str(gpu.index)
+def _selector(gpu: Gpu, ours: Sequence[Gpu]) -> str:
+    """NVIDIA's UUID, or the number among the vendor's own cards: another vendor's do not count."""
+    return gpu.uuid if gpu.uuid is not None and gpu.vendor == "nvidia" else str(ours.index(gpu))
 
 
 def bind(rig: Rig, listed: Sequence[ListedDevice]) -> Rig:
@@ -83,7 +84,7 @@ def bind(rig: Rig, listed: Sequence[ListedDevice]) -> Rig:
         if gpu.device is not None or (_BACKENDS[gpu.vendor][0] in native and gpu.vendor != "unknown"):
             gpus.append(gpu)
             continue
-        match = next((device for device in left if _same_name(device.description, gpu.name)), None)
+        match = _match(gpu.name, left)
         if match is None:
             missing.append(f"GPU {gpu.index} ({gpu.name})")
             gpus.append(replace(gpu, enabled=False))
@@ -101,7 +102,13 @@ def _is(device: ListedDevice, prefix: str) -> bool:
     return device.device.rstrip("0123456789") == prefix
 
 
-def _same_name(description: str, name: str) -> bool:
+def _match(name: str, listed: Sequence[ListedDevice]) -> ListedDevice | None:
+    """The device of this very name; where none has it, one whose description contains it."""
+    plain = _plain(name)
+    exact = next((device for device in listed if _plain(device.description) == plain), None)
+    return exact or next((device for device in listed if plain in device.description.lower()), None)
+
+
+def _plain(name: str) -> str:
     """Vulkan adds the driver in parentheses ("… (RADV NAVI31)"); old NVIDIA drivers leave the vendor out."""
-    short = name.removeprefix("NVIDIA ").lower()
-    return short in description.lower()
+    return name.partition(" (")[0].removeprefix("NVIDIA ").strip().lower()

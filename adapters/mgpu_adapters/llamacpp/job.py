@@ -37,6 +37,7 @@ class LlamaJob:
     """Implements `mgpu.adapter.Job`. Immutable: `at_ctx` and `at_kv_type` make new ones that share the tables."""
 
     runtime: RuntimeName = "llama.cpp"
+    computes_on_cpu = True
     ctx_step = 256  # llama_context pads every sequence to this (llama.cpp b11434 src/llama-context.cpp)
 
     def __init__(self, request: Request, installed: Installed, given: Given, need: Footprint) -> None:
@@ -75,12 +76,12 @@ class LlamaJob:
     @property
     def pinned(self) -> Pinned:
         settings = self.settings
-        layers = settings.n_gpu_layers
+        layers, single = settings.n_gpu_layers, settings.split_mode == "none"
         return Pinned(
-            tensor_split=settings.tensor_split,
+            tensor_split=None if single else settings.tensor_split,  # llama.cpp ignores it there, too
             host_layers=None if layers is None or layers < 0 else max(self.n_units - layers, 0),
             host_experts=min(settings.n_cpu_moe, self.n_units - 1) or None,
-            single=settings.split_mode == "none",
+            single=single,
         )
 
     @property

@@ -8,7 +8,7 @@ from mgpu.decide.compose import compose
 from mgpu.decide.consider import consider
 from mgpu.decide.misfit import explain_misfit, largest_ctx
 from mgpu.decide.options import Case, Options, fewest, holds_on_gpus, split_over, weigh_options
-from mgpu.decide.place import as_pinned, by_room, fastest_first
+from mgpu.decide.place import as_pinned, by_room, fastest_first, on_host
 from mgpu.decide.speed import host_seconds_per_token
 from mgpu.decide.weigh import Weighed, weigh
 from mgpu.errors import DoesNotFitError, RefusedError, UsageError
@@ -24,14 +24,26 @@ def choose(request: Request, rig: Rig, job: Job) -> Plan:
     _check_split(case)
     if request.ctx == "max":
         case = case.with_job(_at_largest_ctx(case))
-    if job.pinned.tensor_split is not None and case.gpus:
-        layout = as_pinned(case.job, case.gpus)
-        return _settle(case, weigh(case.job, layout, case.gpus, rig), Options())
+    if case.gpus and _all_pinned(case):
+        return _by_hand(case)
     options = weigh_options(case)
     if request.split == "pipeline":
         return _split_by_request(case, options)
     chosen = options.single or options.split or _helped_by_cpu(case, options)
     return _settle(case, chosen, options) if chosen is not None else _misfit(case, options)
+
+
+def _all_pinned(case: Case) -> bool:
+    """Whether flags after `--` leave nothing to choose: proportions for each card, or no layer on any."""
+    pinned = case.job.pinned
+    return pinned.tensor_split is not None or (pinned.host_layers or 0) >= case.job.n_units
+
+
+def _by_hand(case: Case) -> Plan:
+    if case.job.pinned.tensor_split is None:
+        return _settle(case, weigh(case.job, on_host(case.job), (), case.rig), Options())
+    layout, used = as_pinned(case.job, case.gpus)
+    return _settle(case, weigh(case.job, layout, used, case.rig), Options())
 
 
 def room_for_ctx(request: Request, rig: Rig, job: Job, plan: Plan) -> int | None:
@@ -50,6 +62,10 @@ def _check_split(case: Case) -> None:
             f"--split tensor is not something this version plans for {case.job.runtime}",
             hint="use --split pipeline, or leave --split out",
         )
+    if case.job.pinned.tensor_split is not None and case.one_card_only:
+        raise UsageError(
+            "--split none uses one card, --tensor-split after `--` several", hint="leave one of the two out"
+        )
     if case.request.split == "pipeline" and len(case.gpus) < 2:
         raise UsageError(
             f"--split pipeline needs two GPUs, and there is {len(case.gpus)} to consider",
@@ -62,9 +78,16 @@ def _at_largest_ctx(case: Case) -> Job:
     small = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
     options = weigh_options(case.with_job(small))
     best = options.single or options.split
-    gpus = best.gpus if best is not None else case.gpus
-    narrowed = Case(request=case.request, rig=case.rig, job=small, gpus=gpus)
-    ctx = largest_ctx(small, lambda job: holds_on_gpus(narrowed.with_job(job)), at_most=small.ctx_train)
+    narrowed = Case(request=case.request, rig=case.rig, job=small, gpus=best.gpus if best is not None else ())
+
+    def holds(job: Job) -> bool:
+        if best is None:  # what the CPU has to help with anyway is bounded by RAM
+            return weigh(job, on_host(job), (), case.rig).fits
+        return holds_on_gpus(narrowed.with_job(job))
+
+    if best is None and case.gpus:
+        return small
+    ctx = largest_ctx(small, holds, at_most=small.ctx_train)
     return small if ctx is None else small.at_ctx(ctx)
 
 
@@ -73,7 +96,8 @@ def _split_by_request(case: Case, options: Options) -> Plan:
     exact = split_over(case, len(case.gpus)) if case.request.gpus else None
     split = exact or options.split or fewest(case)
     if split is None:
-        return _misfit(case, options)
+        helped = _helped_by_cpu(case, options) if case.request.offload == "allow" else None
+        return _settle(case, helped, options) if helped is not None else _misfit(case, options)
     if options.single is None or case.request.force:
         return _settle(case, split, options)
     verdict = rules.fits_one_card(split, options.single, None)
@@ -91,8 +115,7 @@ def _helped_by_cpu(case: Case, options: Options) -> Weighed | None:
     candidate = options.with_cpu
     if candidate is None or not candidate.fits:
         return None
-    pinned = case.job.pinned.host_layers is not None or case.job.pinned.host_experts is not None
-    if case.request.offload == "allow" or pinned:
+    if case.request.offload == "allow" or case.job.pinned.host_experts is not None:
         return candidate
     if case.request.offload == "never" and case.gpus:
         return None
@@ -126,12 +149,14 @@ def _settle(case: Case, chosen: Weighed, options: Options) -> Plan:
 def _misfit(case: Case, options: Options) -> Plan:
     ordered = fastest_first(case.gpus)
     if case.one_card_only:
-        ordered = ordered[:1]
+        ordered = options.singles[0].gpus if options.singles else ()
     closest = weigh(case.job, by_room(case.job, ordered), ordered, case.rig) if ordered else None
     if closest is None or closest.fits:
         closest = options.cpu or next(iter(options.singles), closest)
     if closest is None:
         raise UsageError("there is nothing to place the model on", hint="`mgpu rig show` lists the GPUs")
+    if case.request.force:
+        return compose(case, closest, options, None)
     message, hint = explain_misfit(case, closest, options.with_cpu)
     return compose(case, closest, options, _does_not_fit(message, hint))
 

@@ -49,7 +49,11 @@ def _lack(closest: Weighed) -> str:
         need = sum(device.total for device in closest.devices)
         room = sum(gpu.usable_bytes for gpu in closest.gpus)
         where = rules.label(closest.gpus[0]) if len(closest.gpus) == 1 else f"{len(closest.gpus)} GPUs"
-        return f"does not fit: needs {gib(need)} on {where}, {gib(room)} free; short by {gib(sum(closest.short))}"
+        kept = sum(min(gpu.reserve_bytes, gpu.free_bytes) for gpu in closest.gpus)
+        after = f" after {gib(kept)} reserved" if kept else ""
+        return (
+            f"does not fit: needs {gib(need)} on {where}, {gib(room)} free{after}; short by {gib(sum(closest.short))}"
+        )
     if closest.host_short:
         free = closest.host.total - closest.host_short
         return f"does not fit: needs {gib(closest.host.total)} of RAM, {gib(free)} free"
@@ -66,7 +70,7 @@ def _offers(case: Case, closest: Weighed) -> list[str]:
     def holds(job: Job) -> bool:
         return holds_on_gpus(case.with_job(job))
 
-    ctx = largest_ctx(case.job, holds, at_most=case.job.ctx)
+    ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
         offers.append(f"--ctx {ctx} would fit")
     if case.job.kv_type == "f16" and _holds_kv(case.job, "q8_0", holds):

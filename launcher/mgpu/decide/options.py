@@ -60,9 +60,9 @@ class Options(Struct, frozen=True, kw_only=True):
 
     @property
     def with_cpu(self) -> Weighed | None:
-        """The CPU's help: partial offload rather than everything on the CPU; where neither fits, what lacks less."""
+        """The CPU's help: partial offload or everything on the CPU, by what lacks less, then by speed."""
         helped = [option for option in (self.offload, self.cpu) if option is not None]
-        return min(helped, key=lambda option: option.short_bytes, default=None)
+        return min(helped, key=lambda option: (option.short_bytes, -_tok_s(option)), default=None)
 
 
 def weigh_options(case: Case) -> Options:
@@ -74,7 +74,10 @@ def weigh_options(case: Case) -> Options:
     split = None if case.one_card_only else fewest(case)
     if split is not None:
         return Options(singles=singles, split=split)
-    return Options(singles=singles, offload=_offload(case), cpu=weigh(job, on_host(job), (), case.rig))
+    if not job.computes_on_cpu:
+        return Options(singles=singles)
+    cpu = weigh(job, on_host(job), (), case.rig) if job.pinned.host_layers is None else None
+    return Options(singles=singles, offload=_offload(case), cpu=cpu)
 
 
 def fewest(case: Case, *, at_least: int = 2) -> Weighed | None:
@@ -89,12 +92,12 @@ def split_over(case: Case, size: int) -> Weighed | None:
     for subset in subsets(case.gpus, size):
         layout = pipeline(case.job, subset)
         if layout is not None:
-            weighed = weigh(case.job, layout, subset, case.rig)
+            weighed = weigh(case.job, layout, cards_of(layout, case.gpus), case.rig)
             if weighed.fits:
                 fitting.append(weighed)
     if not fitting:
         return None
-    best = max(fitting, key=lambda one: (one.speed.expected if one.speed else 0.0, one.least_spare))
+    best = max(fitting, key=lambda one: (_tok_s(one), one.least_spare))
     return weigh(case.job, evened(case.job, best.gpus, best.layout), best.gpus, case.rig)
 
 
@@ -114,11 +117,25 @@ def _needless(case: Case) -> Sketch | None:
 
 
 def _offload(case: Case) -> Weighed | None:
+    """The fastest way to keep some of it on cards: over the fastest, the two fastest … or over any one, if one it is.
+
+    A card of unknown speed is in it only where the others hold nothing.
+    """
     if case.job.pinned.host_layers is not None:
         return None
-    cards = fastest_first(case.gpus)
-    layout = least_offload(case.job, cards[:1] if case.one_card_only else cards)
-    return None if layout is None else weigh(case.job, layout, cards_of(layout, case.gpus), case.rig)
+    known = tuple(gpu for gpu in fastest_first(case.gpus) if gpu.bandwidth_bytes_per_s is not None)
+    return _best_offload(case, known) or _best_offload(case, fastest_first(case.gpus))
+
+
+def _best_offload(case: Case, gpus: Sequence[Gpu]) -> Weighed | None:
+    sizes = range(1, len(gpus) + 1)
+    sets = [tuple(gpus[i : i + 1]) for i in range(len(gpus))] if case.one_card_only else [gpus[:n] for n in sizes]
+    found: list[Weighed] = []
+    for cards in sets:
+        layout = least_offload(case.job, cards)
+        if layout is not None:
+            found.append(weigh(case.job, layout, cards_of(layout, case.gpus), case.rig))
+    return min(found, key=lambda one: (one.short_bytes, -_tok_s(one)), default=None)
 
 
 def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
@@ -130,5 +147,9 @@ def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
 def _rank(single: Weighed) -> tuple[float, int, bool, int]:
     """Rule `fastest-card`: predicted speed, then free memory, then no display, then the index."""
     gpu = single.gpus[0]
-    speed = single.speed.expected if single.speed else 0.0
-    return (-speed, -gpu.usable_bytes, gpu.display, gpu.index)
+    return (-_tok_s(single), -gpu.usable_bytes, gpu.display, gpu.index)
+
+
+def _tok_s(weighed: Weighed) -> float:
+    """The expected speed; 0 where it is unknown."""
+    return weighed.speed.expected if weighed.speed else 0.0

@@ -19,10 +19,16 @@ def fastest_first(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     return tuple(sorted(gpus, key=lambda g: (-(g.bandwidth_bytes_per_s or 0), -g.usable_bytes, g.display, g.index)))
 
 
+def pinned_shape(job: Job, n_devices: int) -> Shape:
+    """The shape that flags after `--` leave: nothing on the host unless they say so."""
+    pinned = job.pinned
+    layers = min(pinned.host_layers or 0, job.n_units)
+    return Shape(n_devices=n_devices, host_layers=layers, host_experts=pinned.host_experts or 0)
+
+
 def on_one(job: Job, gpu: Gpu) -> Layout:
     """Everything on one card, whether it fits or not."""
-    pinned = job.pinned
-    shape = Shape(n_devices=1, host_layers=pinned.host_layers or 0, host_experts=pinned.host_experts or 0)
+    shape = pinned_shape(job, 1)
     return Layout(gpus=(gpu.index,), counts=(job.n_units - shape.host_layers,), shape=shape)
 
 
@@ -42,12 +48,22 @@ def subsets(gpus: Sequence[Gpu], size: int) -> Iterator[tuple[Gpu, ...]]:
 
 
 def pipeline(job: Job, gpus: Sequence[Gpu], shape: Shape | None = None) -> Layout | None:
-    """Whole layers over all of `gpus`, in their order: each filled in turn. None when they do not hold it."""
-    shape = shape or Shape(
-        n_devices=len(gpus), host_layers=job.pinned.host_layers or 0, host_experts=job.pinned.host_experts or 0
-    )
-    counts = _fill(job, gpus, shape, slack=0)
-    return None if counts is None else Layout(gpus=tuple(gpu.index for gpu in gpus), counts=counts, shape=shape)
+    """Whole layers over all of `gpus`, each filled in turn; None when they do not hold it.
+
+    In their order, which is the fastest; or, as the first layers and the output are not of a size, with another last.
+    """
+    shape = shape or pinned_shape(job, len(gpus))
+    for order in _orders(gpus):
+        counts = _fill(job, order, shape, slack=0)
+        if counts is not None:
+            return Layout(gpus=tuple(gpu.index for gpu in order), counts=counts, shape=shape)
+    return None
+
+
+def _orders(gpus: Sequence[Gpu]) -> Iterator[tuple[Gpu, ...]]:
+    yield tuple(gpus)
+    for last in gpus[:-1]:
+        yield (*(gpu for gpu in gpus if gpu is not last), last)
 
 
 def evened(job: Job, gpus: Sequence[Gpu], layout: Layout) -> Layout:
@@ -74,33 +90,42 @@ def evened(job: Job, gpus: Sequence[Gpu], layout: Layout) -> Layout:
 
 def by_room(job: Job, gpus: Sequence[Gpu]) -> Layout:
     """Units in proportion to each card's room, whether they fit or not: what a misfit is measured on."""
-    shape = Shape(n_devices=len(gpus))
+    shape = pinned_shape(job, len(gpus))
     room = [float(max(gpu.usable_bytes, MIB)) for gpu in gpus]
     return Layout(gpus=tuple(gpu.index for gpu in gpus), counts=job.counts(tuple(room), shape.host_layers), shape=shape)
 
 
-def as_pinned(job: Job, gpus: Sequence[Gpu]) -> Layout:
-    """The layout that `--tensor-split` after `--` demands of `gpus`; proportions beyond the last card are dropped."""
+def as_pinned(job: Job, gpus: Sequence[Gpu]) -> tuple[Layout, tuple[Gpu, ...]]:
+    """The layout that `--tensor-split` after `--` demands of `gpus`, and those of them that are in it.
+
+    Proportions beyond the last card are dropped, as are cards after the last that gets a share.
+    """
     split = (job.pinned.tensor_split or ())[: len(gpus)]
-    split += (0.0,) * (len(gpus) - len(split))
-    host_layers = job.pinned.host_layers or 0
-    shape = Shape(n_devices=len(gpus), host_layers=host_layers, host_experts=job.pinned.host_experts or 0)
-    return Layout(gpus=tuple(gpu.index for gpu in gpus), counts=job.counts(split, host_layers), shape=shape)
+    used = tuple(gpus[: max((i + 1 for i, share in enumerate(split) if share), default=len(gpus))])
+    shape = pinned_shape(job, len(used))
+    counts = job.counts(split[: len(used)], shape.host_layers)
+    return Layout(gpus=tuple(gpu.index for gpu in used), counts=counts, shape=shape), used
 
 
 def least_offload(job: Job, gpus: Sequence[Gpu]) -> Layout | None:
     """As little as possible on the host: experts first where there are any, then whole layers. None: nothing fits."""
-    gpus = [gpu for gpu in gpus if _holds_one(job, gpu, len(gpus))]
-    if not gpus:
+    if not all(_holds_one(job, gpu, len(gpus)) for gpu in gpus):
         return None
-    n = len(gpus)
+    n, given = len(gpus), job.pinned.host_experts
     n_blocks = job.n_units - 1
-    if job.has_experts:
-        experts = _smallest(1, n_blocks, lambda e: pipeline(job, gpus, Shape(n_devices=n, host_experts=e)) is not None)
+
+    def with_experts(count: int) -> Layout | None:
+        return pipeline(job, gpus, Shape(n_devices=n, host_experts=count))
+
+    def with_layers(count: int) -> Layout | None:
+        return pipeline(job, gpus, Shape(n_devices=n, host_layers=count, host_experts=given or 0))
+
+    if job.has_experts and given is None:
+        experts = _smallest(1, n_blocks, lambda count: with_experts(count) is not None)
         if experts is not None:
-            return pipeline(job, gpus, Shape(n_devices=n, host_experts=experts))
-    layers = _smallest(1, job.n_units - n, lambda h: pipeline(job, gpus, Shape(n_devices=n, host_layers=h)) is not None)
-    return None if layers is None else pipeline(job, gpus, Shape(n_devices=n, host_layers=layers))
+            return with_experts(experts)
+    layers = _smallest(0, job.n_units - n, lambda count: with_layers(count) is not None)
+    return None if layers is None else with_layers(layers)
 
 
 def _holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
@@ -111,11 +136,11 @@ def _holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
 
 
 def _fill(job: Job, gpus: Sequence[Gpu], shape: Shape, *, slack: int) -> tuple[int, ...] | None:
-    """Units on each card, filled in turn but for `slack` on those as slow as the last; None: they do not hold all."""
+    """Units on each card, filled in turn but for `slack` on the slowest; None: they do not hold all."""
     start, counts = shape.host_layers, list[int]()
-    slowest = gpus[-1].bandwidth_bytes_per_s
+    slowest = min(gpu.bandwidth_bytes_per_s or 0 for gpu in gpus)
     for position, gpu in enumerate(gpus):
-        room = gpu.usable_bytes - (slack if gpu.bandwidth_bytes_per_s == slowest else 0)
+        room = gpu.usable_bytes - (slack if (gpu.bandwidth_bytes_per_s or 0) == slowest else 0)
         most = job.n_units - start - (len(gpus) - 1 - position)  # every later card gets at least one
         count = _most_that_fits(job, gpu, shape, start=start, most=most, room=room)
         if count == 0:

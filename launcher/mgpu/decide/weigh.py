@@ -46,8 +46,9 @@ def weigh(job: Job, layout: Layout, gpus: Sequence[Gpu], rig: Rig) -> Weighed:
     devices = tuple(job.device(span, layout.shape, gpu) if span else _NOTHING for span, gpu in pairs)
     host = job.host(layout.shape, tuple(gpus))
     short = tuple(max(need.total - gpu.usable_bytes, 0) for need, gpu in zip(devices, gpus, strict=True))
-    # Unknown RAM (0) is no reason to refuse; a unified device already counts its share of the same memory.
-    host_short = max(host.total - rig.ram_free_bytes, 0) if rig.ram_free_bytes else 0
+    # What a unified device holds is in the same RAM. Unknown RAM (0) is no reason to refuse.
+    in_ram = host.total + sum(need.total for need, gpu in zip(devices, gpus, strict=True) if gpu.unified)
+    host_short = max(in_ram - rig.ram_free_bytes, 0) if rig.ram_free_bytes else 0
     return Weighed(
         kind=_kind(layout),
         layout=layout,

@@ -78,7 +78,7 @@ def to_scrub(command: Command, environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _share(device: DevicePlan, plan: Plan) -> str:
-    memory = gib_of(device.memory.total, device.free_bytes)
+    memory = gib_of(device.memory.total, max(device.free_bytes - device.reserve_bytes, 0))
     return memory if len(plan.devices) == 1 else f"{layers_of(device)}, {memory}"
 
 

@@ -19,7 +19,9 @@ from mgpu.report.lines import layers_of, size_words, title
 from mgpu.rig import Gpu, Rig, short_name
 from mgpu.units import GIB, gib, gib_of
 
+#: Cells of a bar, and what stands beside it: a name before, the figures after.
 _BAR: Final = 36
+_BESIDE_BAR: Final = 44
 _PARTS: Final = (
     ("weights", "█", "blue"),
     ("kv", "▓", "cyan"),
@@ -50,9 +52,10 @@ def console(file: IO[str] | None = None, *, record: bool = False, width: int | N
     return made
 
 
-def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None) -> Group:
-    """Everything `mgpu plan` shows. `command` is the shell line, or None where there is nothing to launch."""
-    parts: list[RenderableType] = [_head(model, rig, plan), Text(), _devices(rig, plan), _legend()]
+def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None, width: int) -> Group:
+    """Everything `mgpu plan` shows, `width` columns wide. `command`: the shell line, None with nothing to launch."""
+    bar = max(min(_BAR, width - _BESIDE_BAR), 4)
+    parts: list[RenderableType] = [_head(model, rig, plan), Text(), _devices(rig, plan, bar), _legend()]
     parts += [Text(), _rules(plan)]
     if plan.alternatives:
         parts += [Text(), _alternatives(plan)]
@@ -85,16 +88,16 @@ def _place_words(plan: Plan) -> str:
     return f"{cards} ({_PLACEMENTS.get(plan.placement, plan.placement)})"
 
 
-def _devices(rig: Rig, plan: Plan) -> Table:
+def _devices(rig: Rig, plan: Plan, width: int) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True, max_width=24)
-    table.add_column(no_wrap=True, width=_BAR)
+    table.add_column(width=width)
     table.add_column()
     used = {device.gpu: device for device in plan.devices}
     largest = max((gpu.free_bytes for gpu in rig.gpus), default=1) or 1
     for gpu in rig.gpus:
         device = used.get(gpu.index)
-        table.add_row(_card(gpu), _bar(gpu, device, largest), _numbers(gpu, device))
+        table.add_row(_card(gpu), _bar(gpu, device, largest, width), _numbers(gpu, device))
         if device is not None:
             table.add_row("", Text(_parts_words(device), style="dim", overflow="fold"), Text(layers_of(device), "dim"))
     table.add_row(Text("host RAM"), Text(_host_words(plan.host), style="dim"), gib(plan.host.memory.total))
@@ -105,14 +108,14 @@ def _card(gpu: Gpu) -> Text:
     return Text(f"GPU {gpu.index} {short_name(gpu.name)}", overflow="ellipsis")
 
 
-def _bar(gpu: Gpu, device: DevicePlan | None, largest: int) -> Text:
+def _bar(gpu: Gpu, device: DevicePlan | None, largest: int, width: int) -> Text:
     """One cell stands for the same number of bytes on every card; a part that is there gets at least one."""
-    cells = max(round(_BAR * gpu.free_bytes / largest), 1)
+    cells = max(round(width * gpu.free_bytes / largest), 1)
     bar = Text()
     if device is not None:
         for part, glyph, colour in _PARTS:
             size: int = getattr(device.memory, part)
-            count = min(max(round(_BAR * size / largest), 1 if size else 0), cells - len(bar))
+            count = min(max(round(width * size / largest), 1 if size else 0), cells - len(bar))
             bar.append(glyph * count, style=colour)
     bar.append(_FREE * (cells - len(bar)), style="dim")
     return bar
@@ -122,10 +125,13 @@ def _numbers(gpu: Gpu, device: DevicePlan | None) -> Text:
     if not gpu.enabled:
         return Text("disabled", style="dim")
     if device is None:
-        return Text(f"{gib(gpu.free_bytes)} left free", style="dim")
-    text = Text(gib_of(device.memory.total, device.free_bytes))
-    if device.spare_bytes < 0:
-        text.append(f", short by {gib(-device.spare_bytes)}", style="red")
+        text = Text(f"{gib(gpu.usable_bytes)} left free", style="dim")
+    else:
+        text = Text(gib_of(device.memory.total, gpu.usable_bytes))
+        if device.spare_bytes < 0:
+            text.append(f", short by {gib(-device.spare_bytes)}", style="red")
+    if gpu.reserve_bytes:
+        text.append(f" ({gib(gpu.reserve_bytes)} reserved)", style="dim")
     return text
 
 
