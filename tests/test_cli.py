@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,20 @@ class TestDryRun:
         done = mgpu("run", str(odd), "--rig", "3090", "--dry-run")
         assert str(odd) in shlex.split(done.stdout)
 
+    def test_a_path_that_is_no_text_is_printed_as_it_is(self, header: Header, python_path: str, tmp_path: Path) -> None:
+        odd = os.fsencode(tmp_path) + b"/m\xff.gguf"
+        Path(os.fsdecode(odd)).symlink_to(header(SMALL))
+        done = subprocess.run(
+            [sys.executable, "-m", "mgpu", "run", odd, "--rig", "3090", "--dry-run"],
+            env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert odd in done.stdout
+        told = subprocess.run(
+            [sys.executable, "-m", "mgpu", "plan", odd, "--rig", "3090", "--json"],
+            env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert os.fsencode(json.loads(told.stdout)["model"]["path"]) == odd
+
     def test_key_stays_out_of_argv(self, mgpu: Mgpu, header: Header) -> None:
         words = shlex.split(mgpu("run", str(header(SMALL)), "--rig", "3090", "--dry-run", "--api-key", "s e").stdout)
         assert "LLAMA_API_KEY=s e" in words[: words.index("llama-server")]
@@ -82,7 +98,7 @@ class TestJson:
 
     def test_schema_1(self, mgpu: Mgpu, header: Header) -> None:
         told = self._told(mgpu, "plan", str(header(LARGE)), "--rig", "2x3090")
-        assert set(told) == {"schema", "model", "rig", "request", "plan", "command"}
+        assert set(told) == {"schema", "model", "rig", "request", "plan", "command", "notes"}
         assert told["schema"] == 1
         assert set(told["model"]) >= {
             "path", "format", "architecture", "name", "quantization", "parameters", "layers", "weights_bytes",
@@ -130,6 +146,16 @@ class TestExitCodes:
         ("args", "code", "words"),
         [
             pytest.param(("run", "{small}", "--ctx", "many"), 2, "'many'", id="ctx"),
+            pytest.param(("run", "{small}", "--ctx", "8kk"), 2, "'8kk'", id="ctx kk"),
+            pytest.param(("run", "{small}", "--ctx", "²"), 2, "'²'", id="ctx squared"),
+            pytest.param(("run", "{small}", "--host", ""), 2, "--host", id="host"),
+            pytest.param(("run", "{small}", "--api-key", ""), 2, "--api-key", id="key"),
+            pytest.param(("run", "{small}", "--rig", "3090", "--reserve", "5iB"), 2, "'5iB'", id="size"),
+            pytest.param(("run", "{small}", "--rig", "2x3090", "--dry-run", "--gpus", "3"), 2, "'3'", id="no index 3"),
+            pytest.param(
+                ("run", "{small}", "--rig", "3090", "--dry-run", "--", "-ot", "(=CPU"), 2, "(=CPU", id="regex"
+            ),
+            pytest.param(("run", "{small}", "--rig", "3090", "--dry-run", "--", "-np", "300"), 2, "300", id="slots"),
             pytest.param(("run", "{small}", "--users", "0"), 2, "--users", id="users"),
             pytest.param(("run", "{small}", "--nonsense"), 2, "--nonsense", id="option"),
             pytest.param(("run", "{small}", "extra"), 2, "extra", id="a second model"),
@@ -178,7 +204,7 @@ class TestExitCodes:
 
     def test_an_old_runtime_is_too_old(self, mgpu: Mgpu, header: Header, tmp_path: Path) -> None:
         old = tmp_path / "llama-server"
-        old.write_text("#!/bin/sh\necho '-ts,  --tensor-split N0,N1'\n")
+        old.write_text("#!/bin/sh\necho '-m,  --model FNAME'\necho '-ts,  --tensor-split N0,N1'\n")
         old.chmod(0o755)
         done = mgpu("run", str(header(SMALL)), env={"MGPU_LLAMA_SERVER": str(old)})
         assert done.returncode == 6
@@ -216,6 +242,9 @@ class TestPlan:
         text = picture.read_text()
         assert text.startswith("<svg")
         assert "fits-one-card" in text
+        nowhere = mgpu("plan", str(header(SMALL)), "--rig", "2x3090", "--svg", "/nowhere/plan.svg")
+        assert nowhere.returncode == 2
+        assert "/nowhere/plan.svg" in nowhere.stderr
 
 
 class TestRig:
@@ -271,16 +300,52 @@ def test_inspect(mgpu: Mgpu, header: Header) -> None:
 
 def test_runtimes(mgpu: Mgpu) -> None:
     told = json.loads(mgpu("runtimes", "--json", env={"PATH": os.defpath}).stdout)
-    assert [row["runtime"] for row in told["runtimes"]] == ["llama.cpp"]
-    assert "found" in told["runtimes"][0]
+    row = next(row for row in told["runtimes"] if row["runtime"] == "llama.cpp")
+    assert row["found"] or row["install"]
 
 
-def test_a_reader_that_goes_away_is_no_error(header: Header, python_path: str) -> None:
-    import subprocess
-    import sys
-
-    line = f"{shlex.quote(sys.executable)} -m mgpu plan {shlex.quote(str(header(SMALL)))} --rig 8x3090 | head -1"
+@pytest.mark.parametrize("command", ["plan {model} --rig 8x3090", "plan {model} --rig 3090 --json", "--help"])
+def test_a_reader_that_goes_away_is_no_error(header: Header, python_path: str, command: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m mgpu {command.format(model=shlex.quote(str(header(SMALL))))}"
     done = subprocess.run(
-        ["sh", "-c", line], env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, text=True, check=False
-    )
-    assert done.stderr == ""
+        ["bash", "-c", f"{line} | true; exit ${{PIPESTATUS[0]}}"],
+        env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [
+        pytest.param(">&-", 0, id="stdout closed"),
+        pytest.param("2>&-", 0, id="stderr closed"),
+        pytest.param(">/dev/full", 2, id="disk full"),
+    ],
+)
+def test_streams_that_cannot_be_written(header: Header, python_path: str, redirection: str, code: int) -> None:
+    line = f"{shlex.quote(sys.executable)} -m mgpu run {shlex.quote(str(header(SMALL)))} --rig 3090 --dry-run"
+    done = subprocess.run(
+        ["sh", "-c", f"{line} {redirection}"],
+        env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_usage_errors_are_two_lines_and_json_where_wanted(mgpu: Mgpu, header: Header) -> None:
+    done = mgpu("plan", str(header(SMALL)), "--users", "0", "--json")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert json.loads(done.stdout)["error"]["code"] == "usage"
+
+
+def test_an_empty_config_home_is_none(mgpu: Mgpu, tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": "", "HOME": str(tmp_path)}
+    assert mgpu("rig", "save", "mine", env=env).returncode == 0
+    assert (tmp_path / ".config" / "mgpu" / "rigs" / "mine.toml").exists()
+
+
+def test_a_home_that_is_no_folder(mgpu: Mgpu, header: Header) -> None:
+    env = {"XDG_CONFIG_HOME": "", "HOME": "/dev/null"}
+    assert mgpu("run", str(header(SMALL)), "--rig", "3090", "--dry-run", env=env).returncode == 0
+    assert mgpu("rig", "save", "mine", env=env).returncode == 8

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mgpu.errors import ProfileError, UsageError
 from mgpu.rig import Gpu, Rig
@@ -262,6 +263,82 @@ class TestFlagsAfterDashes:
         plan = decide(header(LARGE), "2x3090", runtime_args=("-ts", "1,0"))
         assert plan.refusal is not None
         assert "GPU 0" in plan.refusal.message
+
+
+class TestByHandIsKeptOrRefused:
+    """What flags after `--` demand is planned as it stands, or is said not to fit: never swapped for something else."""
+
+    def test_all_layers_demanded_of_a_card_too_small(self, header: Header) -> None:
+        plan = decide(header(LARGE), "3090", runtime_args=("-ngl", "99"))
+        assert plan.refusal is not None
+        assert plan.refusal.exit_code == 5
+
+    def test_experts_demanded_stay_that_many(self, header: Header) -> None:
+        plan = decide(header(MOE), "3060", runtime_args=("-ncmoe", "30"))
+        assert len(plan.host.expert_blocks) == 30
+        few = decide(header(MOE), "3060", runtime_args=("-ncmoe", "3"), offload="never")
+        assert few.refusal is not None
+
+    def test_one_device_demanded(self, header: Header) -> None:
+        plan = decide(header(SMALL), "2x3090", runtime_args=("-sm", "none", "-ts", "1,1"))
+        assert plan.placement == "single"
+        with pytest.raises(UsageError, match="--split none"):
+            decide(header(SMALL), "2x3090", runtime_args=("-ts", "1,1"), split="none")
+
+    def test_a_card_without_a_share_is_not_in_the_plan(self, header: Header) -> None:
+        plan = decide(header(SMALL), "2x3090", runtime_args=("-ts", "1,0"))
+        assert plan.layout.gpus == (0,)
+        assert plan.placement == "single"
+
+    def test_no_layer_on_a_gpu(self, header: Header) -> None:
+        plan = decide(header(SMALL), "3090", runtime_args=("-ngl", "0"))
+        assert plan.placement == "cpu"
+        assert len(plan.host.blocks) == 32
+
+
+class TestOffloadPicks:
+    def test_the_cards_that_make_it_fastest(self, header: Header) -> None:
+        strong, weak = card(0, 24, 1008), card(1, 2, 48)
+        alone = decide(header(LARGE), rig_of(strong), offload="allow")
+        both = decide(header(LARGE), rig_of(strong, weak), offload="allow")
+        assert both.layout.gpus == (0,)
+        assert both.tok_s == alone.tok_s
+
+    def test_no_card_of_unknown_speed_where_others_do(self, header: Header) -> None:
+        plan = decide(header(LARGE), rig_of(card(0, 24, 1008), card(1, 4, None)), offload="allow")
+        assert plan.layout.gpus == (0,)
+        assert plan.tok_s is not None
+
+    def test_the_best_of_the_cards_when_it_is_to_be_one(self, header: Header) -> None:
+        rig = rig_of(card(0, 8, 448), card(1, 12, 360))
+        one = decide(header(MIDDLE), rig, split="none", offload="allow")
+        assert one.layout.gpus == (1,)
+
+    def test_the_cpu_alone_where_that_is_faster(self, header: Header) -> None:
+        rig = replace(rig_of(card(0, 4, 60)), ram_bandwidth_bytes_per_s=400 * 10**9)
+        assert decide(header(MIDDLE), rig, offload="allow").placement == "cpu"
+
+    def test_it_says_what_the_gpus_alone_would_hold(self, header: Header) -> None:
+        said = verdict(decide(header(MIDDLE), "3090", ctx=24000), "cpu-offload-last")
+        assert said is not None
+        assert "--ctx" in said.text
+        assert "q8_0" in said.text
+
+
+def test_unified_memory_is_counted_once(header: Header) -> None:
+    rig = replace(rig_of(card(0, 16, 273, unified=True), ram_gib=16), ram_free_bytes=12 * GIB)
+    plan = decide(header(SMALL), rig, ctx="max")
+    assert plan.refusal is None
+    assert plan.devices[0].memory.total + plan.host.memory.total <= 12 * GIB
+
+
+def test_force_starts_what_does_not_fit(header: Header) -> None:
+    assert decide(header(LARGE), "3090", offload="never", force=True).refusal is None
+
+
+def test_max_context_on_the_cpu_is_bounded_by_ram(header: Header) -> None:
+    assert decide(header(SMALL), "cpu-only", ctx="max").ctx == 131072
+    assert 8192 < decide(header(SMALL), rig_of(ram_gib=12), ctx="max").ctx < 131072
 
 
 CARDS = st.lists(st.tuples(st.floats(1, 80), st.sampled_from([None, 200, 360, 936, 1792])), min_size=0, max_size=6).map(

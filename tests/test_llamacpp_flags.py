@@ -49,11 +49,17 @@ def test_values_that_mean_nothing_name_the_flag_and_the_value() -> None:
         read_flags(("-c", "big")).integer("ctx-size", least=0)
     with pytest.raises(UsageError, match="--batch-size '0'"):
         read_flags(("-b", "0")).integer("batch-size", least=1)
+    with pytest.raises(UsageError, match="--batch-size '1_0'"):
+        read_flags(("-b", "1_0")).integer("batch-size", least=1)
+    with pytest.raises(UsageError, match="--override-tensor"):
+        read_flags(("-ot", "(=CPU")).overrides()
     with pytest.raises(UsageError, match="--cache-type-k 'q9'"):
         read_flags(("-ctk", "q9")).kv_type("cache-type-k", "f16")
 
 
-@pytest.mark.parametrize("value", ["", "1,,2", "a,b", "-1,2", "0,0", "nan,1", "inf,1", ",".join("1" * 16)])
+@pytest.mark.parametrize(
+    "value", ["", "1,,2", "a,b", "-1,2", "0,0", "nan,1", "inf,1", "1e300,1e300", ",".join("1" * 16)]
+)
 def test_tensor_split_that_is_none(value: str) -> None:
     with pytest.raises(UsageError, match="--tensor-split"):
         read_flags(("-ts", value)).tensor_split()

@@ -16,7 +16,7 @@ def test_parse_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1G", "1,5G", "2 GiBs", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1,5G", "2 GiBs", "nan", "1e9", "5iB", "9" * 400, "²"])
 def test_not_a_size(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)

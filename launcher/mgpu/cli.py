@@ -5,9 +5,13 @@ Modules are imported where they are used: `mgpu run --dry-run` is meant to be do
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -19,8 +23,29 @@ from mgpu.options import ModelArgument, RigName, planning_options, to_request
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+class _GoneError(Exception):
+    """Whoever read our output has gone. (click would end with 1, which is for bugs.)"""
+
+
+@contextmanager
+def _said_in_our_words() -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise _GoneError from error
+
+
 class _Group(click.Group):
     """Commands in the order people need them."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with _said_in_our_words():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _said_in_our_words():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
@@ -192,41 +217,61 @@ def completions(shell: str) -> None:
 def main() -> NoReturn:
     """The console script: every way to end has its exit code, and only a bug has a traceback."""
     gc.disable()  # a few MB live as long as the process: collecting them is 3 % of a dry run, and frees nothing
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path need not be valid text, nor a terminal UTF-8
+    _mend_streams()
     try:
         cli.main(prog_name="mgpu", standalone_mode=False)
+        sys.stdout.flush()
     except MgpuError as error:
-        _report(error)
-        sys.exit(error.exit_code)
+        _end(error)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _end(_as_usage(error))
     except (click.Abort, KeyboardInterrupt):
-        _report(InterruptedLaunchError("interrupted"))
-        sys.exit(InterruptedLaunchError.exit_code)
-    except BrokenPipeError:
+        _end(InterruptedLaunchError("interrupted"))
+    except _GoneError:
         # Whoever read our output has gone; Python would complain once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EIO, errno.EBADF}:
+            raise
+        _end(UsageError(f"cannot write the output: {error.strerror}", hint="give it a place to write to"))
     sys.exit(0)
 
 
-def _report(error: MgpuError) -> None:
-    """Two lines on stderr, after the runtime's own last lines if it has said any; with --json, the object on stdout."""
-    if isinstance(error, RuntimeFailedError):
-        for line in error.log_tail:
-            click.echo(f"  | {line}", err=True)
-    if "--json" in _our_arguments():
-        from mgpu import commands
+def _mend_streams() -> None:
+    """A closed stream becomes the null device; and a path need not be valid text, nor a terminal UTF-8."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
-        commands.print_failure(error)
-    click.echo(f"mgpu: {error.message}", err=True)
-    if error.hint:
-        click.echo(f"      {error.hint}", err=True)
+
+def _as_usage(error: click.ClickException) -> UsageError:
+    """click's own errors in our two lines."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mgpu"
+    return UsageError(error.format_message().replace("\n", " ").rstrip("."), hint=f"see {command} --help")
+
+
+def _end(error: MgpuError) -> NoReturn:
+    """Two lines on stderr, after the runtime's own last lines if it has said any; with --json, the object on stdout."""
+    with suppress(OSError):  # nobody to tell it to; the exit code still says it
+        if "--json" in _our_arguments():
+            from mgpu import commands
+
+            commands.print_failure(error)
+        if isinstance(error, RuntimeFailedError):
+            for line in error.log_tail:
+                click.echo(f"  | {line}", err=True)
+        click.echo(f"mgpu: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"      {error.hint}", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    sys.exit(error.exit_code)
 
 
 def _our_arguments() -> list[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from typing import Any
 
 import click
-from msgspec import Struct, json
+from msgspec import Struct
 from msgspec.structs import replace
 
-from mgpu.adapter import Command, Endpoint, Job
+from mgpu.adapter import Adapter, Command, Endpoint, Job
 from mgpu.decide.choose import choose, room_for_ctx
 from mgpu.decide.consider import with_reserves
-from mgpu.errors import DoesNotFitError, MgpuError, RefusedError
+from mgpu.errors import DoesNotFitError, MgpuError, RefusedError, RuntimeMissingError, UsageError
 from mgpu.gather import Facts, gather
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
@@ -72,7 +73,8 @@ def print_dry_run(decided: Decided) -> None:
     """The explanation on stderr, the one pasteable line on stdout."""
     _explain(decided)
     _stop_if_refused(decided.plan)
-    click.echo(_line(decided))
+    # Bytes: a path need not be valid text, and the shell wants it as it is.
+    click.echo(os.fsencode(_line(decided)))
 
 
 def print_plan(decided: Decided, svg: str | None) -> None:
@@ -93,9 +95,15 @@ def print_json(decided: Decided) -> None:
     from mgpu.report.as_json import decision
 
     told = decision(decided.model, decided.facts.rig, decided.request, decided.plan, decided.command)
+    told["notes"] = list(decided.facts.notes)
+    if decided.command is not None:
+        told["command"]["unset"] = list(to_scrub(decided.command, os.environ))
     _print_object(told)
-    if decided.plan.refusal is not None:
-        sys.exit(decided.plan.refusal.exit_code)
+    refusal = decided.plan.refusal
+    if refusal is not None:
+        for line in (f"mgpu: {refusal.message}", f"      {refusal.hint}"):
+            click.echo(line, err=True)
+        sys.exit(refusal.exit_code)
 
 
 def print_failure(error: MgpuError) -> None:
@@ -121,38 +129,34 @@ def print_model(argument: str, *, as_json: bool) -> None:
 
 
 def print_runtimes(*, as_json: bool) -> None:
-    """Each runtime mgpu drives: where it is, or how to get it."""
-    from mgpu.gather import find_installed
-
-    rows: list[dict[str, Any]] = []
-    for name in ADAPTER_NAMES:
-        adapter = load_adapter(name)
-        row: dict[str, Any] = {"runtime": name, "formats": sorted(adapter.formats), "found": False}
-        try:
-            installed = find_installed(adapter, None, os.environ)
-        except MgpuError as error:
-            row |= {"why_not": error.message, "install": adapter.search.install}
-        else:
-            if installed is None:
-                row |= {"why_not": "not installed", "install": adapter.search.install}
-            else:
-                row |= {
-                    "found": True,
-                    "version": installed.version,
-                    "path": installed.executable,
-                    "origin": installed.origin,
-                }
-        rows.append(row)
+    """Each runtime mgpu drives: where it is and which devices it can use, or how to get it."""
+    rows = [_runtime_row(load_adapter(name)) for name in ADAPTER_NAMES]
     if as_json:
         _print_object({"schema": 1, "runtimes": rows})
         return
     for row in rows:
-        click.echo(
-            f"{row['runtime']}: "
-            + (f"{row['version']}, {row['path']} ({row['origin']})" if row["found"] else row["why_not"])
-        )
-        if not row["found"]:
+        if row["found"]:
+            click.echo(f"{row['runtime']}: {row['version']}, {row['path']} ({row['origin']})")
+            click.echo(f"  devices: {', '.join(row['devices']) or 'the CPU alone'}")
+        else:
+            click.echo(f"{row['runtime']}: {row['why_not']}")
             click.echo(f"  install: {row['install']}")
+
+
+def _runtime_row(adapter: Adapter) -> dict[str, Any]:
+    from mgpu.gather import find_installed, list_devices
+
+    row: dict[str, Any] = {"runtime": adapter.name, "formats": sorted(adapter.formats), "found": False}
+    missing = {"why_not": "not installed", "install": adapter.search.install}
+    try:
+        installed = find_installed(adapter, None, os.environ)
+        if installed is None:
+            return row | missing
+        devices = [f"{device.device} {device.description}" for device in list_devices(adapter, installed, os.environ)]
+    except RuntimeMissingError as error:
+        return row | missing | {"why_not": error.message}
+    found = {"version": installed.version, "path": installed.executable, "origin": installed.origin}
+    return row | {"found": True, "devices": devices} | found
 
 
 def launch(decided: Decided, prompt: str | None) -> None:
@@ -232,7 +236,8 @@ def _port(request: Request, *, hypothetical: bool) -> int:
 
 
 def _print_object(told: dict[str, Any]) -> None:
-    click.echo(json.format(json.encode(told), indent=2).decode())
+    # The standard library's: ASCII alone, so that a path which is no valid text survives as the escapes of its bytes.
+    click.echo(json.dumps(told, indent=2))
 
 
 def _save_svg(text: str, path: str) -> None:
@@ -241,4 +246,6 @@ def _save_svg(text: str, path: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise click.FileError(path, error.strerror) from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", hint="give --svg a file that can be written"
+        ) from error

@@ -89,7 +89,7 @@ def _here(adapter: Adapter, *, explicit: str | None, launching: bool, environ: M
 
     try:
         installed = _installed(adapter, explicit, environ)
-        listed = functools.cache(lambda: _list_devices(adapter, installed, environ))
+        listed = functools.cache(lambda: list_devices(adapter, installed, environ))
         rig = detect_rig(environ, listed=listed)
         if rig.gpus:
             rig = adapter.bind(rig, listed())
@@ -101,16 +101,16 @@ def _here(adapter: Adapter, *, explicit: str | None, launching: bool, environ: M
     return Facts(adapter=adapter, installed=installed, rig=rig)
 
 
-def _list_devices(adapter: Adapter, installed: Installed, environ: Mapping[str, str]) -> tuple[ListedDevice, ...]:
+def list_devices(adapter: Adapter, installed: Installed, environ: Mapping[str, str]) -> tuple[ListedDevice, ...]:
     """The runtime's own list of devices. It may open each of them, so it is asked once."""
+    from mgpu.launch import probe
     from mgpu.launch.find import Found
-    from mgpu.launch.probe import list_devices
 
     if adapter.device_probe is None:
         return ()
     found = Found(executable=installed.executable, origin=installed.origin, install=adapter.search.install)
     # The rig counts cards in PCI order; CUDA's own default is by speed.
-    text = list_devices(found, adapter.device_probe, {**environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    text = probe.list_devices(found, adapter.device_probe, {**environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
     return adapter.read_devices(text)
 
 

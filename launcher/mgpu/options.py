@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeVar
 
@@ -57,10 +58,11 @@ class Context(click.ParamType[int | Literal["max"]]):
     name = "N|max"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["max"]:
-        if value == "max":
-            return "max"
         text = str(value).lower()
-        number = int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1) if text.rstrip("k").isdigit() else 0
+        if text == "max":
+            return "max"
+        match = re.fullmatch(r"([0-9]{1,9})(k?)", text)
+        number = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if number < 1:
             self.fail(f"{value!r} is neither a number of tokens, like 8192 or 32k, nor max", param, ctx)
         return number
@@ -70,7 +72,7 @@ _PLANNING: Final = (
     click.option(
         "--runtime", type=click.Choice(["auto", *RUNTIME_NAMES]), default="auto", show_default=True, help="What serves it."
     ),
-    click.option("--ctx", type=Context(), help="Tokens of context per user [default: as trained, 8192 at most]."),
+    click.option("--ctx", type=Context(), metavar="N|max", help="Tokens of context per user [default: as trained, 8192 at most]."),
     click.option(
         "--users", type=click.IntRange(1, _MOST_USERS), default=1, show_default=True, help="How many at the same time."
     ),
@@ -101,6 +103,9 @@ _PLANNING: Final = (
 
 def to_request(options: dict[str, Any], runtime_args: tuple[str, ...]) -> Request:
     """The typed request. Raises `UsageError` for sizes and lists that have no meaning."""
+    for name in ("host", "api_key"):
+        if options[name] == "":
+            raise UsageError(f"--{name.replace('_', '-')} is empty", hint="give it a value, or leave it out")
     return Request(
         runtime=options["runtime"],
         ctx=options["ctx"],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import click
-from msgspec import json
 from msgspec.structs import replace
 
 from mgpu.errors import ProfileError, RuntimeMissingError
@@ -21,7 +21,7 @@ def show(name: str | None, *, as_json: bool) -> None:
     if as_json:
         from mgpu.report.as_json import rig_object
 
-        click.echo(json.format(json.encode({"schema": 1, "rig": rig_object(rig)}), indent=2).decode())
+        click.echo(json.dumps({"schema": 1, "rig": rig_object(rig)}, indent=2))
         return
     from mgpu.report.screen import console
     from mgpu.report.tables import rig_screen

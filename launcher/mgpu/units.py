@@ -20,7 +20,7 @@ _FACTORS: Final = {
     "G": GIB, "GIB": GIB, "GB": GB,
     "T": 1 << 40, "TIB": 1 << 40, "TB": 10**12,
 }  # fmt: skip
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", re.IGNORECASE)
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT](?:i?B)?|B?)", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

@@ -142,15 +142,17 @@ def user_store() -> Store:
     """The store in the configuration folder of this user (Linux: `$XDG_CONFIG_HOME/mgpu` or `~/.config/mgpu`)."""
     import click  # the same folders as platformdirs, and it is loaded already: 6 ms of start-up
 
-    return Store(Path(click.get_app_dir("mgpu")))
+    root = Path(click.get_app_dir("mgpu"))
+    # $XDG_CONFIG_HOME empty or relative counts as not set (XDG Base Directory Specification).
+    return Store(root if root.is_absolute() else Path.home() / ".config" / "mgpu")
 
 
 def _list(folder: Path, origin: Origin) -> tuple[ProfileName, ...]:
     try:
         files = [path for path in folder.iterdir() if path.suffix == ".toml" and not path.name.startswith(".")]
-    except FileNotFoundError:
-        return ()
     except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not folder.exists():
+            return ()  # also below a home that is no folder
         raise _unreadable(folder, error) from None
     return tuple(ProfileName(name=path.stem, origin=origin, path=path) for path in sorted(files, key=_stem))
 
@@ -200,6 +202,8 @@ def _read(path: Path) -> str:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a home that is no folder holds no profiles
+        raise FileNotFoundError(*error.args) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _unreadable(path, error) from None
     if len(content) > MAX_BYTES:

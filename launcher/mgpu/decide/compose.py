@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mgpu.decide import rules
+from mgpu.decide.misfit import offers
 from mgpu.decide.options import Case, Options, Sketch
 from mgpu.decide.weigh import Weighed
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan, Refusal, RuleVerdict
@@ -34,7 +35,7 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
         tok_s=chosen.speed,
         rules=_verdicts(case, chosen, options, n_blocks),
         alternatives=tuple(_alternatives(case, chosen, options)),
-        warnings=job.warnings,
+        warnings=(*job.warnings, *_warnings(case, chosen)),
         refusal=refusal,
     )
 
@@ -62,17 +63,22 @@ def _verdicts(case: Case, chosen: Weighed, options: Options, n_blocks: int) -> t
         verdicts.append(rules.fastest_card(chosen, options.fitting))
         verdicts.append(rules.fewest_cards(chosen, case.gpus))
     verdicts += [
-        rules.split_by_layers(chosen),
-        rules.cpu_offload_last(chosen, options.with_cpu, n_blocks),
+        rules.split_by_layers(chosen) if chosen.fits else None,
+        rules.cpu_offload_last(chosen, options.with_cpu, n_blocks, offers(case) if chosen.kind == "offload" else []),
         rules.display_card(chosen),
     ]
     return tuple(verdict for verdict in verdicts if verdict is not None)
 
 
 def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alternative]:
+    seen = set[tuple[object, ...]]()
     for other in (*options.singles, options.split, options.offload, options.cpu):
         if other is None or other.layout == chosen.layout:
             continue
+        kind = (other.kind, other.short_bytes, other.speed, tuple(gpu.name for gpu in other.gpus))
+        if kind in seen:  # of identical cards, one speaks for all
+            continue
+        seen.add(kind)
         yield Alternative(
             runtime=case.job.runtime,
             placement=other.kind,
@@ -84,6 +90,13 @@ def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alt
         )
     if options.needless is not None and chosen.kind == "single":
         yield _needless(case.job.runtime, options.needless)
+
+
+def _warnings(case: Case, chosen: Weighed) -> Iterator[str]:
+    if case.request.ctx == "max" and case.gpus and chosen.kind in {"offload", "cpu"}:
+        yield f"--ctx max: the GPUs do not hold the model, so the context stays at {case.job.ctx}"
+    if case.request.offload == "never" and chosen.kind in {"offload", "cpu"} and case.gpus:
+        yield "--offload never is overruled by what comes after `--`"
 
 
 def _needless(runtime: RuntimeName, sketch: Sketch) -> Alternative:

@@ -23,10 +23,10 @@ def explain_misfit(case: Case, closest: Weighed, with_cpu: Weighed | None) -> tu
         message += f"; for the CPU's help RAM is short by {gib(with_cpu.host_short)}"
     elif helped is not None and helped.speed is not None and closest.gpus and case.request.offload == "auto":
         message += f"; with the CPU's help it would run at {helped.speed.words}"
-    offers = list(_offers(case, closest))
+    would = offers(case) if closest.gpus else []
     if helped is not None:
-        offers.append("--offload allow runs it with the CPU's help")
-    return message, "; ".join(offers) or "use a smaller quantisation of the model, or free some memory"
+        would.append("--offload allow runs it with the CPU's help")
+    return message, "; ".join(would) or "use a smaller quantisation of the model, or free some memory"
 
 
 def largest_ctx(job: Job, holds: Callable[[Job], bool], *, at_most: int) -> int | None:
@@ -61,21 +61,19 @@ def _lack(closest: Weighed) -> str:
     return f"too slow to start unasked: the CPU alone would run it{speed}"
 
 
-def _offers(case: Case, closest: Weighed) -> list[str]:
-    """What the GPUs alone would hold."""
-    if not closest.gpus:
-        return []
-    offers: list[str] = []
+def offers(case: Case) -> list[str]:
+    """What the GPUs alone would hold: a smaller context, a smaller cache."""
+    would: list[str] = []
 
     def holds(job: Job) -> bool:
         return holds_on_gpus(case.with_job(job))
 
     ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
-        offers.append(f"--ctx {ctx} would fit")
+        would.append(f"--ctx {ctx} would fit")
     if case.job.kv_type == "f16" and _holds_kv(case.job, "q8_0", holds):
-        offers.append("--kv-type q8_0 would fit")
-    return offers
+        would.append("--kv-type q8_0 would fit")
+    return would
 
 
 def _holds_kv(job: Job, kv_type: str, holds: Callable[[Job], bool]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -14,6 +15,9 @@ from mgpu.decide.weigh import Weighed, weigh
 from mgpu.plan import Layout, Speed
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig
+
+#: A further card takes part in what the CPU must help with only if that makes it this much faster.
+_WORTH_A_CARD: Final = 1.05
 
 
 class Case(Struct, frozen=True, kw_only=True):
@@ -135,7 +139,10 @@ def _best_offload(case: Case, gpus: Sequence[Gpu]) -> Weighed | None:
         layout = least_offload(case.job, cards)
         if layout is not None:
             found.append(weigh(case.job, layout, cards_of(layout, case.gpus), case.rig))
-    return min(found, key=lambda one: (one.short_bytes, -_tok_s(one)), default=None)
+    best = min(found, key=lambda one: (one.short_bytes, -_tok_s(one)), default=None)
+    # Fewest cards here, too: one more has to be worth it.
+    as_good = (one for one in found if best and one.fits and _tok_s(one) * _WORTH_A_CARD >= _tok_s(best))
+    return min(as_good, key=lambda one: len(one.gpus), default=best)
 
 
 def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

@@ -76,8 +76,11 @@ def split_by_layers(chosen: Weighed) -> RuleVerdict | None:
     )
 
 
-def cpu_offload_last(chosen: Weighed, with_cpu: Weighed | None, n_blocks: int) -> RuleVerdict:
-    """Always speaks: that nothing is offloaded is worth knowing. `with_cpu`: what the CPU's help would bring."""
+def cpu_offload_last(chosen: Weighed, with_cpu: Weighed | None, n_blocks: int, offers: Sequence[str]) -> RuleVerdict:
+    """Always speaks: that nothing is offloaded is worth knowing.
+
+    `with_cpu`: what the CPU's help would bring. `offers`: what would keep it all on the GPUs.
+    """
     shape = chosen.layout.shape
     if chosen.kind not in {"offload", "cpu"}:
         if not chosen.fits and with_cpu is not None:
@@ -91,7 +94,9 @@ def cpu_offload_last(chosen: Weighed, with_cpu: Weighed | None, n_blocks: int) -
     elif shape.host_experts:
         text = f"the experts of {shape.host_experts} of {n_blocks} layers on the CPU {speed_text(chosen.speed)}"
     else:
-        text = f"{shape.host_layers} of {n_blocks} layers on the CPU {speed_text(chosen.speed)}"
+        text = f"{min(shape.host_layers, n_blocks)} of {n_blocks} layers on the CPU {speed_text(chosen.speed)}"
+    if offers:
+        text += f"; on the GPUs alone: {', '.join(offers)}"
     return RuleVerdict(id="cpu-offload-last", verdict="warns", text=text, source=_GUIDE)
 
 

@@ -6,6 +6,7 @@ launches) and for each hop from one device to the next (copy, synchronise); and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,9 +23,8 @@ _SECONDS_PER_LAYER: Final = 70.5e-6
 _SECONDS_PER_HOP: Final = 301e-6
 _SECONDS_PER_TOKEN: Final = 728e-6
 
-#: Where GDDR ends and HBM begins, by bandwidth and name: no GDDR card made so far passes 1.8 TB/s, and HBM cards below
-#: that carry one of these names (spec table `mgpu_profiles/gpus.csv`).
-_HBM_NAMES: Final = ("A100", "A30", "H100", "H200", "V100", "P100", "B200", "GH200", "MI1", "MI2", "MI3", "Radeon VII")
+#: Cards with HBM, by the model number in their name.
+_HBM: Final = r"\b(?:A100|A800|A30|H20|H100|H200|H800|V100S?|P100|B200|GH200|GB200|TITAN V|MI\d{2,3}X?|Radeon VII)\b"
 
 #: A CPU reaches about this share of its RAM's nominal bandwidth when generating; and what to assume of a machine whose
 #: bandwidth nobody told us: dual-channel DDR4-3200 (51 GB/s), with a wide band around it.
@@ -65,4 +65,4 @@ def _device_seconds(job: Job, layout: Layout, gpus: Sequence[Gpu]) -> float | No
 
 
 def _efficiency(gpu: Gpu) -> float:
-    return _EFFICIENCY_HBM if any(name in gpu.name for name in _HBM_NAMES) else _EFFICIENCY_GDDR
+    return _EFFICIENCY_HBM if re.search(_HBM, gpu.name) else _EFFICIENCY_GDDR

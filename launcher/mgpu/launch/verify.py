@@ -27,6 +27,8 @@ def compare(plan: Plan, devices: Sequence[str], buffers: Sequence[Buffer]) -> tu
         memory = device.memory
         planned = memory.weights + memory.kv + memory.compute
         real = measured_bytes(buffers, name)
-        if real and abs(real - planned) > TOLERANCE * planned:
+        if buffers and not real:
+            told.append(f"GPU {device.gpu} holds nothing, {gib(planned)} was planned")
+        elif abs(real - planned) > TOLERANCE * planned and buffers:
             told.append(f"GPU {device.gpu} holds {gib(real)}, {gib(planned)} was planned ({real / planned - 1:+.0%})")
     return tuple(told)

@@ -44,9 +44,15 @@ _PLACEMENTS: Final = {
 }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the program here, with 1."""
+        raise BrokenPipeError
+
+
 def console(file: IO[str] | None = None, *, record: bool = False, width: int | None = None) -> Console:
     """A console that is at most 100 columns wide, plain and 80 wide where there is no terminal. Honours NO_COLOR."""
-    made = Console(file=file, highlight=False, record=record, width=width, soft_wrap=False)
+    made = _Console(file=file, highlight=False, record=record, width=width, soft_wrap=False)
     if width is None:
         made.width = min(made.width, 100) if made.is_terminal else 80
     return made
