@@ -206,6 +206,8 @@ def _warnings(given: Given, job: LlamaJob) -> list[str]:
     warnings: list[str] = []
     if job.ctx > job.ctx_train:
         warnings.append(f"a context of {job.ctx} is more than the {job.ctx_train} the model was trained for")
+    if job.settings.kv_unified and job.users > 1:
+        warnings.append(f"the {job.users} slots share one context of {job.ctx} tokens (--kv-unified)")
     if "tensor-split" in given or "gpu-layers" in given or "split-mode" in given:
         named = [flag for flag in ("tensor-split", "gpu-layers", "split-mode") if flag in given]
         text = ", ".join("--" + flag for flag in named)

@@ -100,7 +100,7 @@ def _split_by_request(case: Case, options: Options) -> Plan:
         return _settle(case, helped, options) if helped is not None else _misfit(case, options)
     if options.single is None or case.request.force:
         return _settle(case, split, options)
-    verdict = rules.fits_one_card(split, options.single, None)
+    verdict = rules.fits_one_card(split, options.singles, options.single, None)
     refusal = Refusal(
         code=RefusedError.code,
         exit_code=RefusedError.exit_code,

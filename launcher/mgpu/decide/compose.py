@@ -59,7 +59,7 @@ def _devices(chosen: Weighed, n_blocks: int) -> tuple[DevicePlan, ...]:
 def _verdicts(case: Case, chosen: Weighed, options: Options, n_blocks: int) -> tuple[RuleVerdict, ...]:
     verdicts: list[RuleVerdict | None] = []
     if options.singles:
-        verdicts.append(rules.fits_one_card(chosen, options.single, options.needless))
+        verdicts.append(rules.fits_one_card(chosen, options.singles, options.single, options.needless))
         verdicts.append(rules.fastest_card(chosen, options.fitting))
         verdicts.append(rules.fewest_cards(chosen, case.gpus))
     verdicts += [

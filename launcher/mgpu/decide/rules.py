@@ -18,9 +18,15 @@ _BENCH: Final = "XiongjieDai/GPU-Benchmarks@aa72e0e: 8B on 1/2/4x 3090 111.7/108
 MIN_TOK_S: Final = 3.0
 
 
-def fits_one_card(chosen: Weighed, best_single: Weighed | None, needless: Sketch | None) -> RuleVerdict:
-    """`needless`: the split that was avoided (or forced), for its speed."""
+def fits_one_card(
+    chosen: Weighed, singles: Sequence[Weighed], best_single: Weighed | None, needless: Sketch | None
+) -> RuleVerdict:
+    """`singles`: every card alone, fitting or not. `needless`: the split that was avoided, for its speed."""
     source = f"{_GUIDE}; {_BENCH}"
+    short_of_ram = next((single for single in singles if single.host_short and not any(single.short)), None)
+    if best_single is None and short_of_ram is not None:
+        text = f"{label(short_of_ram.gpus[0])} would hold it, but RAM is short by {gib(short_of_ram.host_short)}"
+        return RuleVerdict(id="fits-one-card", verdict="passes", text=text, source=source)
     if best_single is None:
         text = "no single card holds it" + (": a split is justified" if chosen.kind == "pipeline" else "")
         return RuleVerdict(id="fits-one-card", verdict="passes", text=text, source=source)
