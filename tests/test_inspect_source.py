@@ -202,8 +202,6 @@ def test_directory_with_several_models(model_path: Path) -> None:
     ("files", "what"),
     [
         ((), "it holds nothing"),
-        (("config.json", "model.safetensors"), "it holds a safetensors model"),
-        (("pytorch_model.bin",), "it holds PyTorch weights"),
         (("Q4/m.gguf", "Q8/m.gguf"), "it holds directories with some: Q4, Q8"),
         (
             tuple(f"{n}.txt" for n in range(10)),
@@ -216,7 +214,7 @@ def test_directory_without_a_gguf(tmp_path: Path, files: tuple[str, ...], what: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     message = refused(tmp_path).message
-    assert "this version reads GGUF files" in message
+    assert "has no .gguf and no *.safetensors file" in message
     assert message.endswith(what)
 
 

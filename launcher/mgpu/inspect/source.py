@@ -15,6 +15,10 @@ from mgpu.inspect.gguf_model import build_model
 from mgpu.model import Model, ModelFile
 
 _GGUF: Final = ".gguf"
+_SAFETENSORS: Final = ".safetensors"
+#: What tells that a directory is meant to be a model in Hugging Face's format, whole or not.
+_HF_FILES: Final = frozenset({"config.json", "adapter_config.json", "params.json"})
+_HF_SUFFIXES: Final = (_SAFETENSORS, ".safetensors.index.json", ".bin", ".pt", ".pth")
 _MAX_LISTED: Final = 8  # names in one message
 
 ReadHeader = Callable[[str], tuple[Header, ModelFile]]
@@ -24,15 +28,29 @@ def read_model(argument: str) -> Model:
     """The model that `argument` names. Raises `BadModelError` for everything that cannot be one."""
     scheme, colon, _ = argument.partition("://")
     if not colon:
-        return _assemble(str(_find_file(argument)), _read_file)
+        return _read_path(_find(argument))
     if scheme.lower() in {"http", "https"}:
         from mgpu.inspect.remote import read_header
 
         return _assemble(argument, read_header)
     raise BadModelError(
         f"{shown(argument)}: {shown(scheme)}:// is not supported",
-        hint="give the path of a .gguf file, or its http(s) URL",
+        hint="give the path of a .gguf file or of a model's directory, or the http(s) URL of a .gguf",
     )
+
+
+def _read_path(path: Path) -> Model:
+    """The model of a GGUF file, or of a directory in Hugging Face's format, as `_find` gives them."""
+    if path.is_dir():
+        from mgpu.inspect.hf_model import read_directory
+
+        return read_directory(path)
+    if path.name.endswith(_SAFETENSORS):
+        raise BadModelError(
+            f"{shown(str(path))} is one file of a model that is a directory",
+            hint=f"give the directory: {shown(str(path.parent))}",
+        )
+    return _assemble(str(path), _read_file)
 
 
 def _assemble(path: str, read: ReadHeader) -> Model:
@@ -122,8 +140,8 @@ def _read_file(path: str) -> tuple[Header, ModelFile]:
     return header, ModelFile(path=path, n_bytes=n_bytes)
 
 
-def _find_file(argument: str) -> Path:
-    """The file that a path or directory means: absolute, links not resolved."""
+def _find(argument: str) -> Path:
+    """The GGUF file that a path or directory means, or the directory itself: absolute, links not resolved."""
     if not argument or "\0" in argument:
         raise BadModelError(f"not a path: {argument!r}", hint="give the path of a .gguf file")
     path = Path(argument).absolute()
@@ -143,8 +161,13 @@ def _unreadable(path: str, error: OSError) -> BadModelError:
 
 
 def _find_in_directory(directory: Path) -> Path:
-    """The one model in it: a file, or the first shard of a set. Projectors (mmproj) do not count beside a model."""
+    """The one model in it: a file, or the first shard of a set. Projectors (mmproj) do not count beside a model.
+
+    The directory itself if it is a model in Hugging Face's format; any GGUF in it can be named by its own path.
+    """
     names = sorted(entry.name for entry in directory.iterdir())
+    if "config.json" in names and any(name.endswith(_SAFETENSORS) for name in names):
+        return directory
     ggufs = [name for name in names if name.lower().endswith(_GGUF) and not (directory / name).is_dir()]
     models = [name for name in ggufs if "mmproj" not in name.lower()] or ggufs
     firsts = sorted({_first_shard(name) for name in models})
@@ -156,7 +179,9 @@ def _find_in_directory(directory: Path) -> Path:
             f"{shown(str(directory))} holds {len(firsts)} models: {_listed(firsts)}",
             hint="give the path of one of them",
         )
-    raise _no_gguf(directory, names)
+    if any(name in _HF_FILES or name.endswith(_HF_SUFFIXES) for name in names):
+        return directory  # what is missing there, is best said there
+    raise _no_model(directory, names)
 
 
 def _first_shard(name: str) -> str:
@@ -167,21 +192,20 @@ def _first_shard(name: str) -> str:
     return name
 
 
-def _no_gguf(directory: Path, names: Sequence[str]) -> BadModelError:
-    hint = "give the path of a .gguf file"
-    if any(name.endswith(".safetensors") for name in names):
-        what = "a safetensors model"
-        hint = "download a GGUF of the model, or convert it: convert_hf_to_gguf.py of llama.cpp"
-    elif any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        what = "PyTorch weights"
-        hint = "download a GGUF of the model, or convert it: convert_hf_to_gguf.py of llama.cpp"
-    elif below := sorted({path.parent.name for path in directory.glob("*/*" + _GGUF)}):
-        what = f"directories with some: {_listed(below)}"
+def _no_model(directory: Path, names: Sequence[str]) -> BadModelError:
+    hint = "give the path of a .gguf file, or of a directory with config.json and *.safetensors"
+    below = {path.parent.name for suffix in (_GGUF, _SAFETENSORS) for path in directory.glob("*/*" + suffix)}
+    if snapshots := sorted(path.parent for path in directory.glob("snapshots/*/config.json")):
+        what = "snapshots of a repository"  # the hub's cache: models--ORG--NAME
+        hint = f"give the path of a snapshot: {shown(str(snapshots[0]))}"
+    elif below:
+        what = f"directories with some: {_listed(sorted(below))}"
         hint = "give the path of one of them"
     else:
         what = _listed(names) if names else "nothing"
     return BadModelError(
-        f"{shown(str(directory))} has no .gguf file, and this version reads GGUF files only; it holds {what}", hint=hint
+        f"{shown(str(directory))} has no .gguf and no *.safetensors file; it holds {what}",
+        hint=hint,
     )
 
 
