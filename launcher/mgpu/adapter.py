@@ -139,6 +139,11 @@ class Job(Protocol):
         ...
 
     @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the runtime can leave layers, or all of them, to the CPU."""
+        ...
+
+    @property
     def kv_type(self) -> str: ...
     @property
     def n_units(self) -> int:

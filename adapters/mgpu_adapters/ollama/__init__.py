@@ -1,0 +1,1 @@
+"""Ollama: what its own scheduler will decide."""

@@ -1,0 +1,1 @@
+"""vLLM: safetensors directories on one CUDA card, or pipelined over several."""

@@ -1,0 +1,144 @@
+"""One model asked of vLLM: its settings, what it takes, and the command that starts it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec.structs import replace
+
+from mgpu.adapter import Command, Endpoint, Installed, Job, Pinned
+from mgpu.errors import UsageError
+from mgpu.model import Model
+from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
+from mgpu.request import Request, RuntimeName
+from mgpu.rig import Gpu, Rig
+from mgpu_adapters.vllm.cache import BLOCK_SIZE
+from mgpu_adapters.vllm.checks import check_batch, check_context, check_model, has_pipeline
+from mgpu_adapters.vllm.command import build_command
+from mgpu_adapters.vllm.config import derived_max_len, layers_without_description
+from mgpu_adapters.vllm.flags import Given, read_flags
+from mgpu_adapters.vllm.memory import Footprint
+from mgpu_adapters.vllm.partition import proportional, to_units
+from mgpu_adapters.vllm.settings import Settings, kv_cache_dtype, settle
+
+#: Flags that change what a plan says in ways that this version does not follow.
+_UNPLANNED: Final = (
+    "data-parallel-size", "cpu-offload-gb", "kv-cache-memory-bytes", "quantization", "block-size", "speculative-config",
+    "config",
+)  # fmt: skip
+
+
+class VllmJob:
+    """Implements `mgpu.adapter.Job`. Immutable: `at_ctx` and `at_kv_type` make new ones that share the tables.
+
+    Layouts are pipelines: vLLM has no stage without layers, and tensor-parallel ranks are not units of a layout.
+    """
+
+    runtime: RuntimeName = "vllm"
+    ctx_step = BLOCK_SIZE
+    has_experts = False  # vLLM keeps no experts on the host apart from their layers
+    computes_on_cpu = False
+
+    def __init__(self, request: Request, installed: Installed, given: Given, need: Footprint) -> None:
+        self._request = request
+        self._installed = installed
+        self._given = given
+        self._need = need
+        self.n_units = need.n_units
+        self.settings = need.settings
+
+    @property
+    def model(self) -> Model:
+        return self._need.model
+
+    @property
+    def ctx(self) -> int:
+        return self.settings.max_model_len
+
+    @property
+    def ctx_train(self) -> int:
+        return derived_max_len(self.model)
+
+    @property
+    def users(self) -> int:
+        return self.settings.max_num_seqs
+
+    @property
+    def kv_type(self) -> str:
+        return self.settings.kv_cache_dtype
+
+    @property
+    def pinned(self) -> Pinned:
+        n_stages = self.settings.pipeline_parallel_size
+        if n_stages is not None and n_stages > 1:
+            return Pinned(tensor_split=(1.0,) * n_stages)
+        return Pinned(single=n_stages == 1 or not has_pipeline(self.model))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(_warnings(self._given, self.model))
+
+    def counts(self, tensor_split: tuple[float, ...], host_layers: int) -> tuple[int, ...]:
+        """Proportions as whole layers. `host_layers` is 0: nothing can be left to the CPU."""
+        del host_layers
+        return to_units(proportional(tensor_split, self.n_units - 1))
+
+    def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
+        return self._need.device(span, shape, gpu)
+
+    def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
+        del shape
+        return self._need.host(gpus)
+
+    def traffic(self, span: range, shape: Shape) -> int:
+        return self._need.traffic(span, shape)
+
+    def host_traffic(self, shape: Shape) -> int:
+        """Nothing, where cards do the work."""
+        return 0 if shape.n_devices else self._need.traffic(range(self.n_units), shape)
+
+    def at_ctx(self, ctx: int) -> VllmJob:
+        if "max-model-len" in self._given:
+            return self
+        return self._with(replace(self.settings, max_model_len=ctx))
+
+    def at_kv_type(self, kv_type: str) -> VllmJob:
+        return self._with(replace(self.settings, kv_cache_dtype=kv_cache_dtype(kv_type)))
+
+    def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command:
+        command = build_command(self._need, layout, rig, endpoint, installed=self._installed, given=self._given)
+        return replace(command, argv=(*command.argv, *self._request.runtime_args))
+
+    def _with(self, settings: Settings) -> VllmJob:
+        return VllmJob(self._request, self._installed, self._given, self._need.with_settings(settings))
+
+
+def prepare(model: Model, request: Request, installed: Installed) -> Job:
+    """The job of `model` as asked for.
+
+    Raises `BadModelError` for what vLLM does not load, `UsageError` for flags and sizes that have no meaning here.
+    """
+    check_model(model)
+    given = read_flags(request.runtime_args)
+    settings = settle(request, given, derived_max_len(model))
+    check_context(model, settings)
+    check_batch(settings)
+    if (settings.pipeline_parallel_size or 1) > 1 and not has_pipeline(model):
+        raise UsageError(
+            f"--pipeline-parallel-size {settings.pipeline_parallel_size}: vLLM splits no model of this architecture",
+            hint="leave it out",
+        )
+    return VllmJob(request, installed, given, Footprint(model, settings))
+
+
+def _warnings(given: Given, model: Model) -> list[str]:
+    warnings: list[str] = []
+    if "pipeline-parallel-size" in given:
+        warnings.append("--pipeline-parallel-size after `--` decides how many GPUs are used in mgpu's place")
+    if "device-ids" in given:
+        warnings.append("--device-ids after `--` may use other GPUs than the plan's")
+    warnings += [f"--{name} after `--` is passed on, and not planned with" for name in _UNPLANNED if name in given]
+    vague = layers_without_description(model)
+    if vague:
+        warnings.append(f"{vague} layers keep a state of unknown size, which the plan leaves out")
+    return warnings
