@@ -19,10 +19,14 @@ from mgpu.errors import DoesNotFitError, MgpuError, RefusedError, RuntimeMissing
 from mgpu.gather import Facts, gather
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
-from mgpu.plan import Plan, Shape
+from mgpu.plan import Alternative, Plan, Shape
 from mgpu.report.lines import run_lines, shell_line, to_scrub
 from mgpu.request import Request
+from mgpu.rig import Rig
 from mgpu_adapters.registry import ADAPTER_NAMES, load_adapter, pick_adapter
+
+#: The Ollama whose scheduler is predicted: of the era that splits what takes more than 80 % of one card.
+_OLLAMA = "0.32.15"
 
 #: The port of plans that open none.
 _PLANNED_PORT = 8080
@@ -61,7 +65,8 @@ def decide(
     job = adapter.job(model, request, facts.installed)
     plan = choose(request, facts.rig, job)
     if explore:
-        plan = replace(plan, ctx_fits=room_for_ctx(request, facts.rig, job, plan))
+        others = (*plan.alternatives, *_ollama_would(model, facts.rig, plan))
+        plan = replace(plan, ctx_fits=room_for_ctx(request, facts.rig, job, plan), alternatives=others)
     job = job.at_ctx(plan.ctx)
     decided = Decided(model=model, request=request, facts=facts, job=job, plan=plan, command=None)
     if plan.refusal is not None:
@@ -174,6 +179,29 @@ def launch(decided: Decided, prompt: str | None) -> None:
         plan=decided.plan,
         request=decided.request,
         prompt=prompt,
+    )
+
+
+def _ollama_would(model: Model, rig: Rig, plan: Plan) -> tuple[Alternative, ...]:
+    """What Ollama's own scheduler would do with the same file here, where that differs: a prediction."""
+    if model.format != "gguf" or plan.refusal is not None or len(rig.gpus) < 2 or not plan.devices:
+        return ()
+    from mgpu_adapters.ollama.predict import predict
+
+    prediction = predict(model, rig, version=_OLLAMA, ctx=plan.ctx, parallel=plan.users)
+    if not prediction.gpus or set(prediction.gpus) == set(plan.layout.gpus):
+        return ()
+    one = len(prediction.gpus) == 1
+    return (
+        Alternative(
+            runtime="ollama",
+            placement="single" if one else "pipeline",
+            gpus=prediction.gpus,
+            fits=True,
+            short_bytes=0,
+            tok_s=None,
+            why_not=prediction.reason,
+        ),
     )
 
 

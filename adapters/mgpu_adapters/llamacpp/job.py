@@ -16,6 +16,7 @@ from mgpu_adapters.llamacpp.assign import assign
 from mgpu_adapters.llamacpp.command import build_command
 from mgpu_adapters.llamacpp.flags import Given, read_flags
 from mgpu_adapters.llamacpp.memory import Footprint, footprint
+from mgpu_adapters.llamacpp.scheduler import can_attend
 from mgpu_adapters.llamacpp.settings import Settings
 
 #: llama-server's own defaults (llama.cpp b11434 common/common.h, tools/server/server.cpp).
@@ -23,12 +24,6 @@ _N_BATCH: Final = 2048
 _N_UBATCH: Final = 512
 _AUTO_SLOTS: Final = 4
 _MOST_SLOTS: Final = 256  # LLAMA_MAX_SEQ
-
-#: Head sizes (K, V) that CUDA's flash attention computes; others would fall to the CPU (llama.cpp b11434
-#: ggml/src/ggml-cuda/fattn.cu). The other backends take all of these too.
-_FLASH_HEADS: Final = frozenset({(d, d) for d in (40, 64, 72, 80, 96, 112, 128, 256, 512)}) | {
-    (192, 128), (320, 256), (576, 512),
-}  # fmt: skip
 
 _QUANTISED: Final = frozenset(KV_TYPES) - {"f32", "f16", "bf16"}
 _QUANT_BLOCK: Final = 32  # elements in one block of every quantised cache type
@@ -198,8 +193,8 @@ def _flash_attention(model: Model, given: Given) -> bool:
     asked = given.choice("flash-attn", ("on", "off", "auto", "1", "0", "-1"))
     if asked in {"on", "1"}:
         return True
-    heads = (model.hyper.head_dim_k, model.hyper.head_dim_v)
-    return asked not in {"off", "0"} and heads in _FLASH_HEADS
+    # Heads that CUDA has no kernel for would fall to the CPU, at a cost of gigabytes; other backends take all of these.
+    return asked not in {"off", "0"} and can_attend(model.hyper.head_dim_k, model.hyper.head_dim_v)
 
 
 def _warnings(given: Given, job: LlamaJob) -> list[str]:

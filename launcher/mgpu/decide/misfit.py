@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from mgpu.adapter import Job
 from mgpu.decide import rules
-from mgpu.decide.options import Case, holds_on_gpus
+from mgpu.decide.options import Case, holds_on_gpus, weigh_options
 from mgpu.decide.weigh import Weighed
 from mgpu.errors import UsageError
-from mgpu.units import gib
+from mgpu.units import gib, gib_of
+
+#: Cache types to offer instead of f16, by how little they cost in quality.
+_SMALLER = ("q8_0", "q5_1", "q4_0")
 
 #: A context smaller than this is no offer worth making.
 _LEAST_CTX = 1024
@@ -71,14 +74,22 @@ def offers(case: Case) -> list[str]:
     ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
         would.append(f"--ctx {ctx} would fit")
-    if case.job.kv_type == "f16" and _holds_kv(case.job, "q8_0", holds):
-        would.append("--kv-type q8_0 would fit")
+    if case.job.kv_type == "f16":
+        would += _smaller_cache(case)
     return would
 
 
-def _holds_kv(job: Job, kv_type: str, holds: Callable[[Job], bool]) -> bool:
-    """Whether it would fit with that cache type (and the model allows it)."""
-    try:
-        return holds(job.at_kv_type(kv_type))
-    except UsageError:
-        return False
+def _smaller_cache(case: Case) -> list[str]:
+    """The first cache type, from the best down, with which the GPUs hold it; with what it takes of what there is."""
+    for kv_type in _SMALLER:
+        try:
+            smaller = case.with_job(case.job.at_kv_type(kv_type))
+        except UsageError:
+            continue
+        options = weigh_options(smaller)
+        best = options.single or options.split
+        if best is not None:
+            taken = sum(need.total for need in best.devices)
+            room = sum(gpu.usable_bytes for gpu in best.gpus)
+            return [f"--kv-type {kv_type} would fit ({gib_of(taken, room)})"]
+    return []

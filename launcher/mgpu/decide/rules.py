@@ -14,6 +14,9 @@ from mgpu.units import gib, gib_of
 _GUIDE: Final = "insiderllm.com/guides/multi-gpu-worth-it (2026-02-08)"
 _BENCH: Final = "XiongjieDai/GPU-Benchmarks@aa72e0e: 8B on 1/2/4x 3090 111.7/108.1/104.9 tok/s"
 
+#: More free cards than this are counted, not named.
+_NAMED: Final = 3
+
 #: Below this, generation is not usable: the guide calls 3-5 tok/s painful and 1 tok/s unusable.
 MIN_TOK_S: Final = 3.0
 
@@ -62,7 +65,7 @@ def fewest_cards(chosen: Weighed, considered: Sequence[Gpu]) -> RuleVerdict | No
     used = {gpu.index for gpu in chosen.gpus}
     free = [gpu for gpu in considered if gpu.index not in used]
     if free:
-        names = ", ".join(label(gpu) for gpu in free)
+        names = ", ".join(label(gpu) for gpu in free) if len(free) <= _NAMED else f"the other {len(free)}"
         text = f"{len(used)} of {len(considered)} cards hold it; left free and hidden from the runtime: {names}"
         return RuleVerdict(id="fewest-cards", verdict="applies", text=text, source=_GUIDE)
     text = f"all {len(considered)} cards are in use"

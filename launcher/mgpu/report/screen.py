@@ -179,12 +179,18 @@ def _alternatives(plan: Plan) -> Group:
         table.add_column()
     for alternative in plan.alternatives:
         speed = "" if alternative.tok_s is None else alternative.tok_s.words.removesuffix(" predicted")
-        table.add_row(_alternative_words(alternative), Text(speed, style="dim"), Text(alternative.why_not, style="dim"))
+        table.add_row(
+            _alternative_words(alternative, plan), Text(speed, style="dim"), Text(alternative.why_not, style="dim")
+        )
     return Group(Text("Also considered (speeds predicted)", style="bold"), Padding(table, (0, 0, 0, 2)))
 
 
-def _alternative_words(alternative: Alternative) -> str:
+def _alternative_words(alternative: Alternative, plan: Plan) -> str:
     if not alternative.gpus:
         return "CPU alone"
+    if alternative.runtime != plan.runtime:
+        return (
+            f"{alternative.runtime.capitalize()} would by itself: GPU {'+'.join(str(gpu) for gpu in alternative.gpus)}"
+        )
     cards = "+".join(str(index) for index in alternative.gpus)
     return f"GPU {cards}, {_PLACEMENTS.get(alternative.placement, alternative.placement)}"
