@@ -16,7 +16,7 @@ HEADERS = ROOT / "tests" / "data" / "headers"
 
 #: Pictures: name, model, arguments of `mgpu plan`.
 PICTURES = (
-    ("plan-8b-2x3090", "Llama-3.1-8B-Instruct-Q4_K_M", ("--rig", "2x3090")),
+    ("plan-32b-2x3090", "Qwen2.5-32B-Instruct-Q4_K_M", ("--rig", "2x3090")),
     ("plan-70b-2x3090", "Llama-3.3-70B-Instruct-Q4_K_M", ("--rig", "2x3090")),
 )
 
@@ -27,13 +27,14 @@ def main() -> None:
     sizes = dict(line.split(",") for line in (HEADERS / "sizes.csv").read_text(encoding="utf-8").splitlines()[1:])
     os.environ["COLUMNS"] = "96"
     for name, model, arguments in PICTURES:
-        with tempfile.TemporaryDirectory(prefix="models-") as directory:
-            path = Path(directory) / f"{model}.gguf"
-            with gzip.open(HEADERS / f"{model}.gguf.header.gz") as packed, path.open("wb") as out:
-                shutil.copyfileobj(packed, out)
-            os.truncate(path, int(sizes[model]))
-            picture = str(ROOT / "docs" / f"{name}.svg")
-            cli.main(["plan", str(path), *arguments, "--svg", picture], prog_name="mgpu", standalone_mode=False)
+        path = Path(tempfile.gettempdir()) / "models" / f"{model}.gguf"  # the picture shows it: the same each time
+        path.parent.mkdir(exist_ok=True)
+        with gzip.open(HEADERS / f"{model}.gguf.header.gz") as packed, path.open("wb") as out:
+            shutil.copyfileobj(packed, out)
+        os.truncate(path, int(sizes[model]))
+        picture = str(ROOT / "docs" / f"{name}.svg")
+        cli.main(["plan", str(path), *arguments, "--svg", picture], prog_name="mgpu", standalone_mode=False)
+        path.unlink()
 
 
 if __name__ == "__main__":
