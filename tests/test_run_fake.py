@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,6 @@ _HELP = """\
 
 #: Answers the probes; started with a model, it writes down its arguments and environment and becomes the fake server.
 _SERVER = """\
-#!{python}
 import json, os, sys
 words = sys.argv[1:]
 if words == ["--version"]:
@@ -62,10 +62,9 @@ def machine(fake_nvml: Path, tmp_path: Path) -> Callable[..., Rig]:
     def make(devices: str = _CUDA, fault: str = "none") -> Rig:
         config = tmp_path / "machine.toml"
         config.write_text(Machine(rtx_3090(0), rtx_3090(1)).toml(), encoding="utf-8")
-        server = tmp_path / "llama-server"
-        server.write_text(
+        script = tmp_path / "server.py"
+        script.write_text(
             _SERVER.format(
-                python=sys.executable,
                 help=_HELP,
                 devices=devices,
                 record=str(tmp_path / "record.json"),
@@ -73,6 +72,8 @@ def machine(fake_nvml: Path, tmp_path: Path) -> Callable[..., Rig]:
                 fake=str(Path(__file__).parent / "fake_llama_server.py"),
             )
         )
+        server = tmp_path / "llama-server"  # in shell: a first line with Python's own path could not hold a space
+        server.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
         server.chmod(0o755)
         return {
             "LD_LIBRARY_PATH": str(fake_nvml),
