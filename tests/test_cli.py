@@ -167,6 +167,7 @@ class TestExitCodes:
             ),
             pytest.param(("run", "{small}", "--rig", "3090", "--dry-run", "--", "--port", "1"), 2, "--port", id="port"),
             pytest.param(("run", "{small}", "--rig", "2x3090", "--split", "pipeline", "--dry-run"), 3, "fits", id="3"),
+            pytest.param(("run", "https://127.0.0.1:1/m.gguf"), 2, "download", id="url"),
             pytest.param(("run", "/nowhere/model.gguf"), 4, "/nowhere/model.gguf", id="no file"),
             pytest.param(("inspect", "{text}"), 4, "notes.gguf", id="no gguf"),
             pytest.param(("run", "{large}", "--rig", "3060", "--dry-run"), 5, "short by", id="5"),
@@ -286,6 +287,7 @@ class TestRig:
 
 def test_help_names_every_command(mgpu: Mgpu) -> None:
     text = mgpu("--help").stdout
+    assert mgpu().stdout == text
     for command in ("run", "plan", "inspect", "rig", "runtimes", "completions"):
         assert f"\n  {command} " in text
 

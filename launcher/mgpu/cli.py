@@ -225,6 +225,9 @@ def main() -> NoReturn:
         _end(error)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _end(_as_usage(error))
     except (click.Abort, KeyboardInterrupt):

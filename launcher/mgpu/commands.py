@@ -57,12 +57,16 @@ def decide(
     explicit: str | None,
     explore: bool = False,
 ) -> Decided:
-    """Everything up to the decision. `explore`: also find out how much more context would fit."""
+    """Everything up to the decision. `explore`: for reading rather than running; how much more would fit, what else."""
+    if _is_url(argument) and not explore:
+        raise UsageError(
+            f"cannot run {argument}: it is not on this machine", hint="download it first; `mgpu plan` takes URLs"
+        )
     model = read_model(argument)
     adapter = pick_adapter(request, model)
     facts = gather(adapter, rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
     facts = replace(facts, rig=with_reserves(request, facts.rig))
-    job = adapter.job(model, request, facts.installed)
+    job = adapter.job(_as_downloaded(model), request, facts.installed)
     plan = choose(request, facts.rig, job)
     if explore:
         others = (*plan.alternatives, *_ollama_would(model, facts.rig, plan))
@@ -72,6 +76,15 @@ def decide(
     if plan.refusal is not None:
         return decided
     return replace(decided, command=decided.command_at(_port(request, hypothetical=rig_name is not None)))
+
+
+def _as_downloaded(model: Model) -> Model:
+    """A model behind a URL goes by its file's name in the command, which is for when it has been fetched."""
+    return replace(model, path=model.path.rpartition("/")[2]) if _is_url(model.path) else model
+
+
+def _is_url(argument: str) -> bool:
+    return argument.startswith(("http://", "https://"))
 
 
 def print_dry_run(decided: Decided) -> None:
