@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         monkeypatch.delenv(variable, raising=False)
     for variable in [name for name in os.environ if name.startswith("LLAMA_ARG_")]:
         monkeypatch.delenv(variable)
+
+
+def write_program(path: Path, code: str) -> Path:
+    """An executable `path` that runs `code` with this Python, whose own path may hold a space: hence the shell."""
+    script = path.with_name(f"{path.name}.py")
+    script.write_text(code)
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 Mgpu = Callable[..., "subprocess.CompletedProcess[str]"]

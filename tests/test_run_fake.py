@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import Mgpu
+from conftest import Mgpu, write_program
 from fakenvml.machine import Machine, rtx_3090
 
 Header = Callable[[str], Path]
@@ -62,19 +60,16 @@ def machine(fake_nvml: Path, tmp_path: Path) -> Callable[..., Rig]:
     def make(devices: str = _CUDA, fault: str = "none") -> Rig:
         config = tmp_path / "machine.toml"
         config.write_text(Machine(rtx_3090(0), rtx_3090(1)).toml(), encoding="utf-8")
-        script = tmp_path / "server.py"
-        script.write_text(
+        server = write_program(
+            tmp_path / "llama-server",
             _SERVER.format(
                 help=_HELP,
                 devices=devices,
                 record=str(tmp_path / "record.json"),
                 fault=fault,
                 fake=str(Path(__file__).parent / "fake_llama_server.py"),
-            )
+            ),
         )
-        server = tmp_path / "llama-server"  # in shell: a first line with Python's own path could not hold a space
-        server.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
-        server.chmod(0o755)
         return {
             "LD_LIBRARY_PATH": str(fake_nvml),
             "FAKE_NVML_CONFIG": str(config),

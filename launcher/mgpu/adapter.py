@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from msgspec import Struct
 
@@ -14,6 +14,9 @@ from mgpu.model import Format, Model
 from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
 from mgpu.request import Request, RuntimeName
 from mgpu.rig import Gpu, Rig
+
+#: A plan that is off by more than this share of what a device holds is said.
+TOLERANCE: Final = 0.02
 
 
 class Search(Struct, frozen=True, kw_only=True):
@@ -191,6 +194,58 @@ class Job(Protocol):
     def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command: ...
 
 
+class Projected(Struct, frozen=True, kw_only=True):
+    """What the runtime's own tool says one device would hold, in bytes: whole MiB, rounded down, as it prints them."""
+
+    device: str
+    weights: int
+    kv: int
+    compute: int
+
+
+class Expected(Struct, frozen=True, kw_only=True):
+    """The plan's answer to the question the tool is asked. `compute` may be up to `compute_more` bytes larger there."""
+
+    device: str
+    weights: int
+    kv: int
+    compute: int
+    compute_more: int = 0
+
+
+class Question(Struct, frozen=True, kw_only=True):
+    """What the tool is asked. `expected`: the plan's devices in order, then the host.
+
+    `remarks`: in which ways the tool's figures are known to differ from what the runtime will allocate.
+    """
+
+    arguments: tuple[str, ...]
+    expected: tuple[Expected, ...]
+    remarks: tuple[str, ...]
+
+
+class Projection(Struct, frozen=True, kw_only=True):
+    """What was asked of which tool, and its answer."""
+
+    tool: str
+    question: Question
+    projected: tuple[Projected, ...]
+
+
+class Projector(Protocol):
+    """A runtime's own tool that tells what it would allocate, and allocates nothing."""
+
+    @property
+    def search(self) -> Search: ...
+    def question(self, job: Job, layout: Layout, rig: Rig, command: Command, help_text: str) -> Question:
+        """`help_text`: what the tool prints for `--help`. Raises `RuntimeMissingError` for a tool that is too old."""
+        ...
+
+    def read(self, text: str) -> tuple[Projected, ...]:
+        """The tool's standard output; empty when it holds no projection."""
+        ...
+
+
 class Adapter(Protocol):
     """One runtime."""
 
@@ -208,6 +263,11 @@ class Adapter(Protocol):
     @property
     def device_probe(self) -> str | None:
         """The flag that lists devices (it may open them, so it is asked only when needed)."""
+        ...
+
+    @property
+    def projector(self) -> Projector | None:
+        """What `plan --verify` asks, where the runtime has such a tool."""
         ...
 
     def installed(self, probe: Probe) -> Installed:

@@ -108,19 +108,23 @@ def run(context: click.Context, /, model: str, *, dry_run: bool, prompt: str | N
 @click.argument("model", type=ModelArgument())
 @planning_options
 @click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Save what is shown as an SVG picture.")
+@click.option("--verify", is_flag=True, help="Ask llama-fit-params what would be allocated, and compare.")
 @click.pass_context
-def plan(context: click.Context, /, model: str, *, svg: str | None, **options: Any) -> None:
+def plan(context: click.Context, /, model: str, *, svg: str | None, verify: bool, **options: Any) -> None:
     """Show where MODEL would run, and why; launch nothing."""
     from mgpu import commands
 
     request = to_request(options, context.meta[_RUNTIME_ARGS])
-    decided = commands.decide(
-        model, request, rig_name=options["rig"], launching=False, explicit=options["llama_server"], explore=True
-    )
-    if options["as_json"]:
-        commands.print_json(decided)
+    rig_name, explicit = options["rig"], options["llama_server"]
+    if verify:
+        decided = commands.decide_to_verify(model, request, rig_name=rig_name, explicit=explicit)
     else:
-        commands.print_plan(decided, svg)
+        decided = commands.decide(model, request, rig_name=rig_name, launching=False, explicit=explicit, explore=True)
+    projection = commands.project(decided) if verify else None
+    if options["as_json"]:
+        commands.print_json(decided, projection)
+    else:
+        commands.print_plan(decided, svg, projection)
 
 
 @cli.command()

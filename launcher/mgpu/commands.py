@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -12,10 +13,10 @@ import click
 from msgspec import Struct
 from msgspec.structs import replace
 
-from mgpu.adapter import Adapter, Command, Endpoint, Job
+from mgpu.adapter import Adapter, Command, Endpoint, Job, Projection
 from mgpu.decide.choose import choose, room_for_ctx
 from mgpu.decide.consider import with_reserves
-from mgpu.errors import DoesNotFitError, MgpuError, RefusedError, RuntimeMissingError, UsageError
+from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, RuntimeMissingError, UsageError
 from mgpu.gather import Facts, gather
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
@@ -65,8 +66,39 @@ def decide(
     model = read_model(argument)
     adapter = pick_adapter(request, model)
     facts = gather(adapter, rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
+    return _decide(model, request, facts, rig_name=rig_name, explore=explore)
+
+
+def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, explicit: str | None) -> Decided:
+    """As `decide`, for a plan that this machine's own runtime is then asked about.
+
+    Raises `UsageError` for what it cannot be asked about: another machine, another runtime, a model that is not here.
+    """
+    from mgpu_profiles.store import user_store
+
+    hint = "leave --verify out"
+    if _is_url(argument):
+        raise UsageError(f"--verify needs the file here, and {argument} is elsewhere", hint=f"download it, or {hint}")
+    model = read_model(argument)
+    adapter = pick_adapter(request, model)
+    if adapter.projector is None:
+        raise UsageError(f"--verify asks llama.cpp, and this plan is for {adapter.name}", hint=hint)
+    store = user_store()
+    name = rig_name or store.default()
+    if name is not None:
+        store.load(name)  # so that what is wrong from here on is that it is not this machine
+    try:
+        facts = gather(adapter, rig_name=rig_name, launching=True, explicit=explicit, environ=os.environ)
+    except ProfileError as error:
+        raise UsageError(
+            f"--verify asks this machine's llama.cpp: {error.message}", hint="leave --rig out, or --verify"
+        ) from error
+    return _decide(model, request, facts, rig_name=rig_name, explore=True)
+
+
+def _decide(model: Model, request: Request, facts: Facts, *, rig_name: str | None, explore: bool) -> Decided:
     facts = replace(facts, rig=with_reserves(request, facts.rig))
-    job = adapter.job(_as_downloaded(model), request, facts.installed)
+    job = facts.adapter.job(_as_downloaded(model), request, facts.installed)
     plan = choose(request, facts.rig, job)
     if explore:
         others = (*plan.alternatives, *_ollama_would(model, facts.rig, plan))
@@ -87,6 +119,19 @@ def _is_url(argument: str) -> bool:
     return argument.startswith(("http://", "https://"))
 
 
+def project(decided: Decided) -> Projection | None:
+    """What the runtime's own tool says of the plan; None where a refusal has left nothing to ask about."""
+    from mgpu.launch.projection import project as ask
+
+    command, adapter = decided.command, decided.facts.adapter
+    if command is None or adapter.projector is None:
+        return None
+    question = functools.partial(
+        adapter.projector.question, decided.job, decided.plan.layout, decided.facts.rig, command
+    )
+    return ask(adapter, adapter.projector, question, command, os.environ)
+
+
 def print_dry_run(decided: Decided) -> None:
     """The explanation on stderr, the one pasteable line on stdout."""
     _explain(decided)
@@ -95,20 +140,24 @@ def print_dry_run(decided: Decided) -> None:
     click.echo(os.fsencode(_line(decided)))
 
 
-def print_plan(decided: Decided, svg: str | None) -> None:
+def print_plan(decided: Decided, svg: str | None, projection: Projection | None = None) -> None:
     """The full explanation on stdout; a refusal or a misfit is shown, then ends as such."""
     from mgpu.report.screen import console, plan_screen
 
     line = _line(decided) if decided.command is not None else None
     out = console(record=svg is not None)
     out.print(plan_screen(decided.model, decided.facts.rig, decided.plan, line, out.width))
+    if projection is not None:
+        from mgpu.report.verified import verified_screen
+
+        out.print("", verified_screen(decided.plan, projection))
     if svg is not None:
         _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
     _note(decided)
     _stop_if_refused(decided.plan)
 
 
-def print_json(decided: Decided) -> None:
+def print_json(decided: Decided, projection: Projection | None = None) -> None:
     """One object on stdout; a refusal or a misfit has its own exit code all the same."""
     from mgpu.report.as_json import decision
 
@@ -116,6 +165,10 @@ def print_json(decided: Decided) -> None:
     told["notes"] = list(decided.facts.notes)
     if decided.command is not None:
         told["command"]["unset"] = list(to_scrub(decided.command, os.environ))
+    if projection is not None:
+        from mgpu.report.verified import verified_object
+
+        told["verify"] = verified_object(decided.plan, projection)
     _print_object(told)
     refusal = decided.plan.refusal
     if refusal is not None:
@@ -180,19 +233,22 @@ def _runtime_row(adapter: Adapter) -> dict[str, Any]:
 def launch(decided: Decided, prompt: str | None) -> None:
     """Explain, start, wait until ready, stay or answer; ends by an `MgpuError` unless a prompt was answered."""
     from mgpu.launch.foreground import launch_plan
+    from mgpu.launch.verify import Launched
 
     gc.enable()  # from here on we may live for weeks
 
     _explain(decided)
     _stop_if_refused(decided.plan)
-    launch_plan(
-        decided.command_at,
-        adapter=decided.facts.adapter,
+    facts = decided.facts
+    launched = Launched(
+        adapter=facts.adapter,
+        installed=facts.installed,
+        rig=facts.rig,
         model=decided.model,
-        plan=decided.plan,
         request=decided.request,
-        prompt=prompt,
+        plan=decided.plan,
     )
+    launch_plan(decided.command_at, launched, prompt=prompt)
 
 
 def _ollama_would(model: Model, rig: Rig, plan: Plan) -> tuple[Alternative, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Installed, Job, ListedDevice, LogFact, Probe, Search
+from mgpu.adapter import Installed, Job, ListedDevice, LogFact, Probe, Projector, Search
 from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
@@ -45,6 +45,12 @@ class LlamaCpp:
     )
     probes = ("--version", "--help")
     device_probe = "--list-devices"
+
+    @property
+    def projector(self) -> Projector:
+        from mgpu_adapters.llamacpp.projection import FitParams  # for `plan --verify` alone
+
+        return FitParams()
 
     def installed(self, probe: Probe) -> Installed:
         text = probe.outputs.get("--help", "")

@@ -128,7 +128,7 @@ class Build:
         self.graph = Graph()
         self.n_seqs = settings.n_parallel
         self.n_tokens = -(-settings.u // self.n_seqs) * self.n_seqs
-        self.n_outputs = min(settings.u, self.n_seqs)
+        self.n_outputs = min(settings.u, settings.n_outputs or self.n_seqs)
         self.tokens = self.graph.input(self.n_tokens)
         self.positions = self.graph.input(self.n_tokens * self.traits.n_pos)
         self.wanted = self.graph.input(self.n_outputs)

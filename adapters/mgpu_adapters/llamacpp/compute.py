@@ -48,6 +48,8 @@ class Compute:
         windows = {block for block in anatomy.caches if block.window}
         self._turns = (settings.u, *sorted({n_cells(block, settings) for block in windows}))
         self._stateful = any(anatomy.recurs)  # then a block's work is not done before the next has begun
+        # Recurrent blocks among others, in no regular order (Nemotron-H): no few of them stand for all.
+        self._irregular = self._stateful and not all(anatomy.recurs) and not anatomy.periodic
         # Of such models, the output's first steps may join the last block's device.
         self._picks_late = bool(anatomy.traits.late_rows)
         self._answers: dict[tuple[int, ...], int] = {}
@@ -197,7 +199,7 @@ class Compute:
 
     def _some(self, start: int, stop: int, kinds: Kinds, *, every: bool = False) -> tuple[int, ...]:
         """Of the blocks from `start` to `stop`, the first two of each kind among such neighbours, and the last."""
-        if every or stop - start <= 2 * _ENDS:
+        if every or self._irregular or stop - start <= 2 * _ENDS:
             return tuple(range(start, stop))
         tail = _ENDS if self._stateful else int(stop == len(kinds))
         leaders = self._leaders_from(start, kinds)

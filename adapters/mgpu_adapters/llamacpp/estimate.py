@@ -17,7 +17,8 @@ def estimated(anatomy: Anatomy, settings: Settings, n_devices: int, n_copies: in
     row = 4 * u * hyper.n_embd
     cells = {n_cells(block, settings) for block in anatomy.caches if block.k}
     mask = (2 if settings.flash_attn else 4) * u * sum(cells)
-    work = max(_feed_forward(anatomy, u), _attention(anatomy, settings, row), 4 * hyper.n_vocab * settings.n_parallel)
+    logits = 4 * hyper.n_vocab * (settings.n_outputs or settings.n_parallel)
+    work = max(_feed_forward(anatomy, u), _attention(anatomy, settings, row), logits)
     base = work + 6 * row + _recurrent(anatomy, u)
     copies = n_copies * mask + (12 * row if n_copies > 1 else 0)
     host = n_copies * mask + (10 if n_copies > 1 else 4) * row + (base if on_host else 0)

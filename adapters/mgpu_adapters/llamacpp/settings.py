@@ -30,6 +30,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] | None = None  # None: mgpu decides
     split_mode: SplitMode | None = None  # None: mgpu decides
     override_tensor: tuple[tuple[str, str], ...] = ()  # (regex, buffer type), first match wins
+    n_outputs: int | None = None  # tokens of a batch that have logits; None: one of each slot, as llama-server
 
     @property
     def n_ctx_seq(self) -> int:

@@ -1,34 +1,166 @@
-"""Is the placement what was planned? The buffers the runtime reports, against the plan, device by device."""
+"""Is the placement what was planned? The buffers the runtime reports, against the plan; kept for the rig in a log."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
 
-from mgpu.adapter import Buffer
+from msgspec import Struct
+
+from mgpu.adapter import TOLERANCE, Adapter, Buffer, Installed
+from mgpu.model import Model
 from mgpu.plan import Plan
+from mgpu.request import Request
+from mgpu.rig import Rig
 from mgpu.units import gib
 
-#: A difference over this share of a device's plan is said.
-TOLERANCE = 0.02
+#: Launches kept in the log.
+KEPT: Final = 500
+
+_KINDS: Final = ("weights", "kv", "compute")
+
+#: Buffers of a mapped file span it from the first to the last tensor used, gaps and repacked tensors included.
+_MAPPED: Final = "_Mapped"
 
 
-def measured_bytes(buffers: Sequence[Buffer], device: str) -> int:
-    """Weights, KV and compute of one device as the runtime reported them; 0 when it said nothing of it."""
-    return sum(buffer.n_bytes for buffer in buffers if buffer.device == device and buffer.kind != "output")
+class Launched(Struct, frozen=True, kw_only=True):
+    """A decision that is to be carried out, with all it rests on."""
+
+    adapter: Adapter
+    installed: Installed
+    rig: Rig
+    model: Model
+    request: Request
+    plan: Plan
 
 
-def compare(plan: Plan, devices: Sequence[str], buffers: Sequence[Buffer]) -> tuple[str, ...]:
-    """One sentence for each device whose buffers differ from the plan by more than `TOLERANCE`.
+class Measured(Struct, frozen=True, kw_only=True):
+    """One place of the plan: bytes by kind as planned, and as the runtime reported them.
 
-    `devices`: the runtime's names of the plan's devices, in order. Overhead is the driver's: no log tells it.
+    `gpu`: rig index; None is the host, for which a kind that cannot be compared is in neither.
     """
-    told: list[str] = []
-    for device, name in zip(plan.devices, devices, strict=True):
-        memory = device.memory
-        planned = memory.weights + memory.kv + memory.compute
-        real = measured_bytes(buffers, name)
-        if buffers and not real:
-            told.append(f"GPU {device.gpu} holds nothing, {gib(planned)} was planned")
-        elif abs(real - planned) > TOLERANCE * planned and buffers:
-            told.append(f"GPU {device.gpu} holds {gib(real)}, {gib(planned)} was planned ({real / planned - 1:+.0%})")
-    return tuple(told)
+
+    gpu: int | None
+    device: str
+    planned: Mapping[str, int]
+    reported: Mapping[str, int]
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence when they differ by more than `TOLERANCE`."""
+        planned, real = sum(self.planned.values()), sum(self.reported.values())
+        name = "the host" if self.gpu is None else f"GPU {self.gpu}"
+        if not real and planned:
+            return f"{name} holds nothing, {gib(planned)} was planned"
+        if abs(real - planned) <= TOLERANCE * planned:
+            return None
+        share = f" ({real / planned - 1:+.0%})" if planned else ""
+        return f"{name} holds {gib(real)}, {gib(planned)} was planned{share}"
+
+
+def measure(plan: Plan, devices: Sequence[str], buffers: Sequence[Buffer]) -> tuple[Measured, ...]:
+    """Plan against report, the plan's devices in order, then the host. Nothing where the runtime said nothing.
+
+    `devices`: the runtime's names of the plan's devices. Overhead is the driver's: no log tells it.
+    """
+    if not buffers:
+        return ()
+    places = [
+        Measured(
+            gpu=device.gpu,
+            device=name,
+            planned={kind: getattr(device.memory, kind) for kind in _KINDS},
+            reported=_sums([buffer for buffer in buffers if buffer.device == name]),
+        )
+        for device, name in zip(plan.devices, devices, strict=True)
+    ]
+    host = _host(plan, [buffer for buffer in buffers if buffer.device not in devices])
+    return (*places, *host)
+
+
+def _host(plan: Plan, buffers: Sequence[Buffer]) -> Iterator[Measured]:
+    """What the runtime said of the host; mapped weights are pages of the file, and their buffers no measure of them."""
+    reported = _sums(buffers)
+    if any(buffer.device.endswith(_MAPPED) for buffer in buffers):
+        reported.pop("weights", None)
+    if reported:
+        planned = {kind: getattr(plan.host.memory, kind) for kind in reported}
+        yield Measured(gpu=None, device="host", planned=planned, reported=reported)
+
+
+def _sums(buffers: Sequence[Buffer]) -> dict[str, int]:
+    """Bytes by kind, of those kinds that occur; llama.cpp's output buffer is none of them."""
+    sums: dict[str, int] = {}
+    for buffer in buffers:
+        if buffer.kind in _KINDS:
+            sums[buffer.kind] = sums.get(buffer.kind, 0) + buffer.n_bytes
+    return sums
+
+
+def default_log() -> Path:
+    """`measured.jsonl` in the user's state directory."""
+    import platformdirs  # 4 ms, not needed by a dry run
+
+    return Path(platformdirs.user_state_dir("mgpu")) / "measured.jsonl"
+
+
+def keep(launched: Launched, places: Sequence[Measured], path: Path) -> str | None:
+    """Append one line of JSON to the log at `path`, which keeps the newest `KEPT`. Returns why it could not, or None.
+
+    The file is replaced as a whole: readers see it before or after. Of two launches in the same instant one may be
+    lost. Text is ASCII: a path that is no valid text survives as the escapes of its bytes.
+    """
+    line = json.dumps(_record(launched, places), separators=(",", ":")).encode("ascii")
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            out.writelines(kept + b"\n" for kept in (*lines[1 - KEPT :], line))
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        return str(error.strerror or error)
+    return None
+
+
+def _record(launched: Launched, places: Sequence[Measured]) -> dict[str, Any]:
+    plan, model, rig = launched.plan, launched.model, launched.rig
+    shape = plan.layout.shape
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rig": rig.name,
+        "gpus": [gpu.name for gpu in rig.gpus],
+        "driver": rig.driver,
+        "runtime": plan.runtime,
+        "version": launched.installed.version,
+        "model": model.name,
+        "architecture": model.architecture,
+        "quantization": model.quantization,
+        "settings": {
+            "placement": plan.placement,
+            "ctx": plan.ctx,
+            "users": plan.users,
+            "kv_type": plan.kv_type,
+            "gpus": list(plan.layout.gpus),
+            "units": list(plan.layout.counts),
+            "host_layers": shape.host_layers,
+            "host_experts": shape.host_experts,
+            "runtime_args": list(launched.request.runtime_args),
+        },
+        "devices": [
+            {
+                "gpu": place.gpu,
+                "device": place.device,
+                "planned": dict(place.planned),
+                "reported": dict(place.reported),
+            }
+            for place in places
+        ],
+    }
