@@ -1,6 +1,6 @@
 """How far mgpu's memory figures are from what llama.cpp reserves, by architecture, over all golden configurations.
 
-    python benchmarks/memory_accuracy.py [--every N]
+    python benchmarks/memory_accuracy.py [--every N] [--markdown] [--write docs/memory.md]
 
 Errors are shares of what is really reserved on a device (or on the host), negative where mgpu says less. Figures and
 their source: tests/data/oracle. Times are given as ratios to reading the models' headers in the same run.
@@ -13,8 +13,11 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -23,48 +26,116 @@ from mgpu.rig import Gpu
 from mgpu.units import GIB
 from oracle import TABLES, Answer, Table, answers, footprint_of, goldens, model_names, model_of
 
-PARTS = ("weights", "kv", "compute", "total")
+PARTS: Final = ("weights", "kv", "compute", "total")
+
+TITLES: Final = {
+    "rpc": "As reserved on devices without rules of their own (CPU behind `ggml-rpc-server`)",
+    "cuda": "As reserved under CUDA's rules of allocation (read from its source, not measured on a GPU)",
+}
+
+
+class Errors(Struct, frozen=True, kw_only=True):
+    """Shares of the real size: of sizes without sign the median, what 95 % stay within, the worst; the worst below."""
+
+    median: float
+    most: float
+    worst: float
+    under: float
+
+    def __str__(self) -> str:
+        if not self.worst:
+            return "exact"
+        return " / ".join(f"{100 * share:.2f}" for share in (self.median, self.most, self.worst, self.under))
+
+
+class Row(Struct, frozen=True, kw_only=True):
+    """The devices and hosts of one architecture, or of all. `exact`: the share with every part right to the byte."""
+
+    architecture: str
+    n: int
+    errors: tuple[Errors, ...]  # by part
+    exact: float
+
+    def cells(self) -> tuple[str, ...]:
+        return (self.architecture, str(self.n), *map(str, self.errors), f"{self.exact:.2%}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every n-th configuration")
-    every = parser.parse_args().every
+    parser.add_argument("--markdown", action="store_true", help="tables for docs/memory.md")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put those tables into FILE, between its markers")
+    asked = parser.parse_args()
+    tables = {table: rows(sample(table, asked.every)) for table in TABLES}
+    if asked.write or asked.markdown:
+        text = "\n".join(line for table in TABLES for line in markdown(table, tables[table]))
+        if asked.write:
+            write_section(asked.write, "memory_accuracy", text)
+        else:
+            print(text)
+        return
     for table in TABLES:
-        print_table(table, [answer for golden in goldens(table)[::every] for answer in answers(golden)])
+        print(f"\n{TITLES[table]}; errors in per cent as median / 95 % / worst / worst under")
+        print(f"{'':14}{'n':>6}" + "".join(f"{part:>28}" for part in PARTS) + f"{'exact':>9}")
+        for row in tables[table]:
+            architecture, n, *cells, exact = row.cells()
+            print(f"{architecture:14}{n:>6}" + "".join(f"{cell:>28}" for cell in cells) + f"{exact:>9}")
     print_times()
 
 
-def print_table(table: Table, all_answers: Sequence[Answer]) -> None:
-    """Errors by architecture and part: median, what 95 % stay within, the worst, the worst below."""
+def sample(table: Table, every: int) -> list[Answer]:
+    """mgpu's answers, and the real ones, for every n-th configuration."""
+    return [answer for golden in goldens(table)[::every] for answer in answers(golden)]
+
+
+def rows(all_answers: Sequence[Answer]) -> list[Row]:
+    """Architecture by architecture, then all."""
     by_architecture: dict[str, list[Answer]] = defaultdict(list)
     for answer in all_answers:
         by_architecture[model_of(answer.golden.model).architecture].append(answer)
-    print(f"\n{table}: {len(all_answers)} devices and hosts; errors in per cent as median / 95 % / worst / worst under")
-    print(f"{'':14}{'n':>6}" + "".join(f"{part:>28}" for part in PARTS) + f"{'exact':>9}")
-    for architecture, group in [*sorted(by_architecture.items()), ("all", list(all_answers))]:
-        cells = (_cell(_errors(group, part)) for part in PARTS)
-        exact = sum(answer.predicted == answer.real for answer in group) / len(group)
-        print(f"{architecture:14}{len(group):>6}" + "".join(cells) + f"{exact:>9.2%}")
-
-
-def _errors(group: Sequence[Answer], part: str) -> list[float]:
-    index = PARTS.index(part)
-    if part == "total":
-        return [answer.error for answer in group]
     return [
-        (answer.predicted[index] - answer.real[index]) / max(answer.real[index], 1)
-        for answer in group
-        if answer.real[index] or answer.predicted[index]
+        Row(
+            architecture=architecture,
+            n=len(group),
+            errors=tuple(_errors(group, part) for part in range(len(PARTS))),
+            exact=sum(answer.predicted == answer.real for answer in group) / len(group),
+        )
+        for architecture, group in [*sorted(by_architecture.items()), ("all", list(all_answers))]
     ]
 
 
-def _cell(errors: list[float]) -> str:
-    if not errors:
-        return f"{'-':>28}"
-    sizes = sorted(abs(error) for error in errors)
-    figures = (statistics.median(sizes), sizes[int(len(sizes) * 0.95)], sizes[-1], min(0.0, *errors, 0.0))
-    return f"{' / '.join(f'{100 * figure:.2f}' for figure in figures):>28}"
+def _errors(group: Sequence[Answer], part: int) -> Errors:
+    if PARTS[part] == "total":
+        errors = [answer.error for answer in group]
+    else:
+        pairs = ((answer.predicted[part], answer.real[part]) for answer in group)
+        errors = [(said - real) / max(real, 1) for said, real in pairs if said or real]
+    sizes = sorted(abs(error) for error in errors) or [0.0]
+    return Errors(
+        median=statistics.median(sizes),
+        most=sizes[int(len(sizes) * 0.95)],
+        worst=sizes[-1],
+        under=min(0.0, *errors, 0.0),
+    )
+
+
+def markdown(table: Table, table_rows: Sequence[Row]) -> Iterator[str]:
+    """One table, for docs/memory.md."""
+    yield from ("", f"### {TITLES[table]}", "")
+    yield "| architecture | devices and hosts | weights | KV cache and state | compute | total | exact to the byte |"
+    yield "|---|--:|---|---|---|---|--:|"
+    for row in table_rows:
+        yield f"| {' | '.join(row.cells())} |"
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Puts `text` in the place of what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = path.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise SystemExit(f"{path} has not both {begin} and {end}")
+    before, after = old[: old.index(begin) + len(begin)], old[old.index(end) :]
+    path.write_text(f"{before}\n{text.strip()}\n{after}", encoding="utf-8")
 
 
 def print_times() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -199,12 +200,26 @@ class TestContext:
     def test_default_is_the_trained_one_at_most_8192(self, header: Header) -> None:
         assert decide(header(SMALL), "3090").ctx == 8192
 
-    def test_max_fits_and_one_step_more_does_not(self, header: Header) -> None:
-        plan = decide(header(MIDDLE), "3090", ctx="max")
+    @pytest.mark.parametrize(
+        ("model", "rig", "asked"),
+        [
+            pytest.param(MIDDLE, "3090", {}, id="one card"),
+            pytest.param(MIDDLE, "3090", {"users": 2}, id="two users"),
+            pytest.param(MIDDLE, "3090", {"users": 2, "kv_type": "q8_0"}, id="q8_0 cache"),
+            pytest.param(LARGE, "2x3090", {}, id="two cards"),
+            pytest.param(LARGE, "2x3090", {"users": 2}, id="two cards, two users"),
+        ],
+    )
+    def test_max_fits_and_one_step_more_does_not(
+        self, header: Header, model: str, rig: str, asked: dict[str, Any]
+    ) -> None:
+        plan = decide(header(model), rig, ctx="max", **asked)
         assert plan.refusal is None
-        assert plan.placement == "single"
-        assert plan.ctx < 32768
-        assert decide(header(MIDDLE), "3090", ctx=plan.ctx + 256, offload="never").refusal is not None
+        assert all(device.spare_bytes >= 0 for device in plan.devices)
+        assert plan.placement == ("single" if rig == "3090" else "pipeline")
+        assert plan.ctx < 131072
+        assert decide(header(model), rig, ctx=plan.ctx, offload="never", **asked).refusal is None
+        assert decide(header(model), rig, ctx=plan.ctx + 256, offload="never", **asked).refusal is not None
 
     def test_max_is_no_reason_to_split(self, header: Header) -> None:
         assert decide(header(MIDDLE), "2x3090", ctx="max").placement == "single"
@@ -334,6 +349,13 @@ def test_unified_memory_is_counted_once(header: Header) -> None:
 
 def test_force_starts_what_does_not_fit(header: Header) -> None:
     assert decide(header(LARGE), "3090", offload="never", force=True).refusal is None
+
+
+def test_max_context_may_be_less_than_the_usual_one(header: Header) -> None:
+    plan = decide(header(MIDDLE), "3090", ctx="max", users=3)
+    assert plan.placement == "single"
+    assert plan.ctx < 8192
+    assert decide(header(MIDDLE), "3090", ctx=plan.ctx + 256, users=3, offload="never").refusal is not None
 
 
 def test_max_context_on_the_cpu_is_bounded_by_ram(header: Header) -> None:

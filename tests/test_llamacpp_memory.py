@@ -70,9 +70,9 @@ def test_totals_are_what_llama_cpp_reserves(table: Table) -> None:
     errors = sorted(answer.error for answer in sampled(table))
     exact = sum(error == 0 for error in errors) / len(errors)
     assert statistics.median(errors) == 0
-    assert exact > 0.98
-    assert errors[0] > -0.011
-    assert errors[-1] < 0.012
+    assert exact > 0.99
+    assert errors[0] > -0.001
+    assert errors[-1] < 0.0075
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -143,6 +143,7 @@ class TestSplits:
         less, more = (need.device(range(start, end), shape, gpu) for end in (stop, stop + 1))
         assert more.weights >= less.weights
         assert more.kv >= less.kv
+        assert more.total >= less.total
 
     @given(name=names, ctx=st.integers(1, 60), step=st.integers(1, 60), users=st.integers(1, 4))
     @settings(max_examples=60, deadline=None)
@@ -161,6 +162,19 @@ class TestSplits:
         less, more = (_need(name, n_ctx=1024 * ctx * n, n_parallel=n) for n in (users, users + 1))
         span = range(less.n_units)
         assert more.device_kv(span, gpu) >= less.device_kv(span, gpu)
+
+    @given(name=names, users=st.sampled_from([1, 2, 4]), ctx=st.integers(1, 16), shared=st.booleans())
+    @settings(max_examples=60, deadline=None)
+    def test_twice_the_users_never_need_less(self, name: str, users: int, ctx: int, shared: bool) -> None:
+        """In all. A number of users that the batch is no multiple of makes for a smaller batch: up to 3 MiB less."""
+        gpu, shape = gpu_of("rpc"), Shape(n_devices=1)
+        numbers = (users, 2 * users)
+        less, more = (
+            _need(name, n_ctx=1024 * ctx * (8 if shared else n), n_parallel=n, kv_unified=shared) for n in numbers
+        )
+        span = range(less.n_units)
+        assert more.device(span, shape, gpu).total >= less.device(span, shape, gpu).total
+        assert more.host(shape, (gpu,)).total >= less.host(shape, (gpu,)).total
 
 
 def _need(name: str, **flags: int) -> Footprint:

@@ -74,21 +74,26 @@ def _check_split(case: Case) -> None:
 
 
 def _at_largest_ctx(case: Case) -> Job:
-    """`--ctx max`: the largest context for the cards that the model needs anyway; more cards are no reason to split."""
-    small = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
-    options = weigh_options(case.with_job(small))
+    """`--ctx max`: the largest context for the cards that the model needs anyway; more cards are no reason to split.
+
+    Where the cards do not hold the usual context, the largest that they hold; where they hold none, the usual one is
+    left to the CPU's help. Without cards, RAM is the bound.
+    """
+    usual = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
+    options = weigh_options(case.with_job(usual))
     best = options.single or options.split
-    narrowed = Case(request=case.request, rig=case.rig, job=small, gpus=best.gpus if best is not None else ())
 
-    def holds(job: Job) -> bool:
-        if best is None:  # what the CPU has to help with anyway is bounded by RAM
-            return weigh(job, on_host(job), (), case.rig).fits
-        return holds_on_gpus(narrowed.with_job(job))
+    def on_gpus(cards: Case, at_most: int) -> Job:
+        ctx = largest_ctx(usual, lambda job: holds_on_gpus(cards.with_job(job)), at_most=at_most)
+        return usual if ctx is None else usual.at_ctx(ctx)
 
-    if best is None and case.gpus:
-        return small
-    ctx = largest_ctx(small, holds, at_most=small.ctx_train)
-    return small if ctx is None else small.at_ctx(ctx)
+    if best is not None:
+        narrowed = Case(request=case.request, rig=case.rig, job=usual, gpus=best.gpus)
+        return on_gpus(narrowed, usual.ctx_train)
+    if case.gpus:
+        return on_gpus(case, usual.ctx)
+    ctx = largest_ctx(usual, lambda job: weigh(job, on_host(job), (), case.rig).fits, at_most=usual.ctx_train)
+    return usual if ctx is None else usual.at_ctx(ctx)
 
 
 def _split_by_request(case: Case, options: Options) -> Plan:

@@ -71,20 +71,28 @@ def evened(job: Job, gpus: Sequence[Gpu], layout: Layout) -> Layout:
 
     Only the slowest of the cards' speeds is evened; faster cards stay full, as that is what makes the split fast.
     """
-    shape = layout.shape
+    by_index = {gpu.index: gpu for gpu in gpus}
+    slowest = _slowest(gpus)
 
-    def fill(slack: int) -> Layout | None:
-        counts = _fill(job, gpus, shape, slack=slack)
-        return None if counts is None else Layout(gpus=layout.gpus, counts=counts, shape=shape)
+    def spares(counted: Layout) -> list[int]:
+        """What is left on each of the slowest cards."""
+        cards = [by_index[index] for index in counted.gpus]
+        return [
+            card.usable_bytes - job.device(span, counted.shape, card).total
+            for card, span in zip(cards, counted.spans(), strict=True)
+            if (card.bandwidth_bytes_per_s or 0) == slowest
+        ]
 
-    low, high, best = 0, max(gpu.usable_bytes for gpu in gpus), layout
+    left = spares(layout)
+    low, high, best = max(min(left), 0), sum(left) // len(left), layout  # at best, all have the same left
     while high - low > _EVEN_TO:
         middle = (low + high) // 2
-        found = fill(middle)
-        if found is None:
+        counts = _fill(job, gpus, layout.shape, slack=middle, guess=best.counts)
+        if counts is None:
             high = middle
         else:
-            low, best = middle, found
+            best = Layout(gpus=layout.gpus, counts=counts, shape=layout.shape)
+            low = max(middle, min(spares(best)))
     return best
 
 
@@ -135,29 +143,51 @@ def _holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
     return job.device(last, shape, gpu).total <= gpu.usable_bytes
 
 
-def _fill(job: Job, gpus: Sequence[Gpu], shape: Shape, *, slack: int) -> tuple[int, ...] | None:
-    """Units on each card, filled in turn but for `slack` on the slowest; None: they do not hold all."""
+def _slowest(gpus: Sequence[Gpu]) -> int:
+    return min(gpu.bandwidth_bytes_per_s or 0 for gpu in gpus)
+
+
+def _fill(
+    job: Job, gpus: Sequence[Gpu], shape: Shape, *, slack: int, guess: tuple[int, ...] = ()
+) -> tuple[int, ...] | None:
+    """Units on each card, filled in turn but for `slack` on the slowest; None: they do not hold all.
+
+    `guess`: the units they may take, if anything is known of it. The answer does not depend on it, the time does.
+    """
     start, counts = shape.host_layers, list[int]()
-    slowest = min(gpu.bandwidth_bytes_per_s or 0 for gpu in gpus)
+    slowest = _slowest(gpus)
     for position, gpu in enumerate(gpus):
         room = gpu.usable_bytes - (slack if (gpu.bandwidth_bytes_per_s or 0) == slowest else 0)
-        most = job.n_units - start - (len(gpus) - 1 - position)  # every later card gets at least one
-        count = _most_that_fits(job, gpu, shape, start=start, most=most, room=room)
+        later = len(gpus) - 1 - position  # every later card gets at least one
+        most = job.n_units - start - later
+        if not later:
+            fits = most > 0 and job.device(range(start, start + most), shape, gpu).total <= room
+            return (*counts, most) if fits else None
+        likely = guess[position] if guess else counts[-1] if counts else most // (later + 1)
+        count = _most_that_fits(job, gpu, shape, span=range(start, start + most), room=room, likely=likely)
         if count == 0:
             return None
         counts.append(count)
         start += count
-    return tuple(counts) if start == job.n_units else None
+    return None
 
 
-def _most_that_fits(job: Job, gpu: Gpu, shape: Shape, *, start: int, most: int, room: int) -> int:
-    low, high = 0, max(most, 0)
+def _most_that_fits(job: Job, gpu: Gpu, shape: Shape, *, span: range, room: int, likely: int) -> int:
+    """How many units of `span`, from its first, the card has room for.
+
+    Sizes grow nearly in proportion to units, so the next to ask about is read off a line through what is known.
+    """
+    low, high, at = 0, len(span), likely
+    fits, fails = (0, 0), (0, 0)  # units, bytes: the most known to fit, the fewest known not to
     while low < high:
-        middle = (low + high + 1) // 2
-        if job.device(range(start, start + middle), shape, gpu).total <= room:
-            low = middle
+        at = min(max(at, low + 1), high)
+        size = job.device(span[:at], shape, gpu).total
+        if size <= room:
+            low, fits = at, (at, size)
         else:
-            high = middle - 1
+            high, fails = at - 1, (at, size)
+        (n, used), (m, needed) = (fits, fails) if fails[0] else ((0, 0), fits)
+        at = n + (room - used) * (m - n) // max(needed - used, 1)
     return low
 
 
