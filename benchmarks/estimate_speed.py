@@ -9,7 +9,6 @@ be busy with other things. The cards are so small that only all eight, or nearly
 from __future__ import annotations
 
 import argparse
-import gzip
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from gguf_writer import TensorSpec, Typed, Value, write_gguf
+from headers import content
 from mgpu.decide.choose import choose
 from mgpu.inspect.gguf import parse_header
 from mgpu.inspect.gguf_model import build_model
@@ -28,8 +28,6 @@ from mgpu.rig import Gpu, Rig
 from mgpu.units import GB, GIB
 from mgpu_adapters.llamacpp.adapter import LlamaCpp
 
-ROOT = Path(__file__).parents[1]
-HEADERS = ROOT / "tests" / "data" / "oracle" / "headers"
 N_CARDS = 8
 
 #: Headers without a vocabulary, so that reading them is as quick as can be, and the ratios as bad.
@@ -67,7 +65,7 @@ def headers() -> Iterator[tuple[str, int, bytes]]:
     for n_vocab in (0, 151_936):
         yield "Qwen3-235B-A22B", n_vocab, qwen3_235b(n_vocab)
     for name in NAMES:
-        yield name, 0, gzip.decompress((HEADERS / f"{name}.gguf.header.gz").read_bytes())
+        yield name, 0, content(name)
 
 
 def best_of(rounds: int, work: Callable[[], object]) -> float:

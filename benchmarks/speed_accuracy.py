@@ -8,15 +8,16 @@ Rows and their source: benchmarks/data. Cards by name from the bundled table; th
 from __future__ import annotations
 
 import csv
-import gzip
-import os
 import re
-import shutil
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from headers import write_model
 from mgpu.adapter import Job
 from mgpu.decide.place import by_room
 from mgpu.decide.speed import predict
@@ -29,22 +30,12 @@ from mgpu_adapters.llamacpp.adapter import LlamaCpp
 from mgpu_profiles.gpus import find_spec
 
 ROOT = Path(__file__).parents[1]
-HEADERS = ROOT / "tests" / "data" / "headers"
 
 #: The same layers, widths and types; the 3.1 and 3.3 models differ from Llama 3 in their training alone.
 MODELS = {"Llama-3-8B": "Llama-3.1-8B-Instruct-Q4_K_M", "Llama-3-70B": "Llama-3.3-70B-Instruct-Q4_K_M"}
 
 #: The driver's names of cards that the source names otherwise.
 NAMES = {"A100 PCIe 80GB": "A100 80GB PCIe", "A100 SXM 80GB": "A100-SXM4-80GB"}
-
-
-def load(name: str, directory: Path) -> Model:
-    path = directory / f"{name}.gguf"
-    with gzip.open(HEADERS / f"{name}.gguf.header.gz") as packed, path.open("wb") as out:
-        shutil.copyfileobj(packed, out)
-    sizes = dict(line.split(",") for line in (HEADERS / "sizes.csv").read_text(encoding="utf-8").splitlines()[1:])
-    os.truncate(path, int(sizes[name]))
-    return read_model(str(path))
 
 
 def cards(text: str) -> list[Gpu]:
@@ -75,7 +66,7 @@ def predicted(model: Model, ctx: int, gpus: list[Gpu]) -> float:
 def main() -> None:
     errors: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
-        models = {name: load(header, Path(directory)) for name, header in MODELS.items()}
+        models = {name: read_model(str(write_model(of, Path(directory)))) for name, of in MODELS.items()}
         with (ROOT / "benchmarks" / "data" / "tok_s_public.csv").open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 gpus = cards(row["gpus"])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import shutil
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from headers import write_model
 from mgpu.cli import cli
 from mgpu.shells import FILES, script
 
 ROOT = Path(__file__).parents[1]
-HEADERS = ROOT / "tests" / "data" / "headers"
 
 #: Pictures: name, model, arguments of `mgpu plan`.
 PICTURES = (
@@ -24,14 +25,11 @@ PICTURES = (
 def main() -> None:
     for shell, name in FILES.items():
         (ROOT / "completions" / name).write_text(script(shell, cli), encoding="utf-8")
-    sizes = dict(line.split(",") for line in (HEADERS / "sizes.csv").read_text(encoding="utf-8").splitlines()[1:])
     os.environ["COLUMNS"] = "96"
     for name, model, arguments in PICTURES:
-        path = Path(tempfile.gettempdir()) / "models" / f"{model}.gguf"  # the picture shows it: the same each time
-        path.parent.mkdir(exist_ok=True)
-        with gzip.open(HEADERS / f"{model}.gguf.header.gz") as packed, path.open("wb") as out:
-            shutil.copyfileobj(packed, out)
-        os.truncate(path, int(sizes[model]))
+        directory = Path(tempfile.gettempdir()) / "models"  # the picture shows it: the same each time
+        directory.mkdir(exist_ok=True)
+        path = write_model(model, directory)
         picture = str(ROOT / "docs" / f"{name}.svg")
         cli.main(["plan", str(path), *arguments, "--svg", picture], prog_name="mgpu", standalone_mode=False)
         path.unlink()

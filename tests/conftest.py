@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import shlex
 import shutil
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from headers import write_model
+
 _ROOT = Path(__file__).parents[1]
-_HEADERS = Path(__file__).parent / "data" / "headers"
 
 #: Variables of the person who runs the tests that would change what is tested.
 _FOREIGN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NO_COLOR")
@@ -76,17 +76,7 @@ def mgpu(python_path: str) -> Mgpu:
 def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`header("Llama-3.1-8B…")`: a GGUF of the model's full length, its header real and its weights a hole."""
     directory = tmp_path_factory.mktemp("models")
-    sizes = dict(line.split(",") for line in (_HEADERS / "sizes.csv").read_text().splitlines()[1:])
-
-    def make(name: str) -> Path:
-        path = directory / f"{name}.gguf"
-        if not path.exists():
-            with gzip.open(_HEADERS / f"{name}.gguf.header.gz") as packed, path.open("wb") as out:
-                shutil.copyfileobj(packed, out)
-            os.truncate(path, int(sizes[name]))
-        return path
-
-    return make
+    return lambda name: write_model(name, directory)
 
 
 @pytest.fixture(scope="session")

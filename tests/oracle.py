@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from headers import content, sizes
 from mgpu.inspect.gguf import parse_header
 from mgpu.inspect.gguf_model import build_model
 from mgpu.model import Model, ModelFile
@@ -93,23 +94,23 @@ def gpu_of(table: Table, device: int = 0) -> Gpu:
     )
 
 
-@functools.cache
 def model_names() -> tuple[str, ...]:
-    with (_DATA / "sizes.csv").open() as file:
-        return tuple(row["model"] for row in csv.DictReader(file))
+    return tuple(sizes())
 
 
 @functools.cache
 def model_of(name: str) -> Model:
-    with (_DATA / "sizes.csv").open() as file:
-        sizes = {row["model"]: int(row["file_bytes"]) for row in csv.DictReader(file)}
-    return read_header(_DATA / "headers" / f"{name}.gguf.header.gz", sizes[name])
+    return _model(content(name), name, sizes()[name])
 
 
 def read_header(path: Path, n_bytes: int) -> Model:
     """The model whose header is in `path`, as a file of that size."""
-    header = parse_header(gzip.decompress(path.read_bytes()), n_bytes_total=n_bytes, origin=path.name)
-    return build_model([header], (ModelFile(path=f"/models/{path.name.removesuffix('.header.gz')}", n_bytes=n_bytes),))
+    return _model(gzip.decompress(path.read_bytes()), path.name.removesuffix(".gguf.header.gz"), n_bytes)
+
+
+def _model(content: bytes, name: str, n_bytes: int) -> Model:
+    header = parse_header(content, n_bytes_total=n_bytes, origin=name)
+    return build_model([header], (ModelFile(path=f"/models/{name}.gguf", n_bytes=n_bytes),))
 
 
 @functools.cache

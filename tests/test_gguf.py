@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import headers
 from gguf_writer import (
     TYPE_IDS,
     Metadata,
@@ -31,8 +31,6 @@ from mgpu.inspect.gguf import MAX_ARRAY, MAX_STRING_BYTES, TYPES, Header, NeedMo
 from mgpu.inspect.gguf_model import build_model
 from mgpu.inspect.source import read_model
 from mgpu.model import Model, ModelFile, TensorClass
-
-HEADERS = Path(__file__).parent / "data" / "headers"
 
 
 def parse(content: bytes, n_bytes_total: int | None = None) -> Header:
@@ -503,7 +501,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.file)
 def test_real_headers(golden: Golden, tmp_path: Path) -> None:
-    content = gzip.decompress((HEADERS / f"{golden.file}.gguf.header.gz").read_bytes())
+    content = headers.content(golden.file)
     header = parse(content, golden.file_bytes)
     assert (header.data_offset, len(header.tensors)) == (golden.header_bytes, golden.n_tensors)
     model = read_model(str(write_sparse(tmp_path / "model.gguf", content, golden.file_bytes)))
@@ -527,7 +525,7 @@ def test_real_headers(golden: Golden, tmp_path: Path) -> None:
 
 def test_a_real_header_cut_short_says_by_how_much(tmp_path: Path) -> None:
     golden = GOLDEN[0]
-    content = gzip.decompress((HEADERS / f"{golden.file}.gguf.header.gz").read_bytes())
+    content = headers.content(golden.file)
     path = write_sparse(tmp_path / "model.gguf", content, golden.file_bytes - 1234567)
     with pytest.raises(BadModelError, match="incomplete: 1234567 of 4912916320 bytes are missing") as caught:
         read_model(str(path))

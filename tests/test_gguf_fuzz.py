@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import random
 import struct
 import time
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import headers
 from gguf_writer import TensorSpec, Typed, Value, llama_metadata, llama_tensors, small_llama, write_gguf, write_sparse
 from mgpu.errors import BadModelError
 from mgpu.inspect.gguf import MAX_HEADER_BYTES, MAX_STRING_BYTES, NeedMore, parse_header
@@ -21,7 +21,6 @@ from mgpu.inspect.gguf_model import build_model
 from mgpu.inspect.source import read_model
 from mgpu.model import Model, ModelFile
 
-HEADERS = Path(__file__).parent / "data" / "headers"
 WORDS: dict[str, Value] = {
     "tokenizer.ggml.tokens": [f"word{n}" for n in range(200)],
     "tokenizer.ggml.scores": [0.5] * 200,
@@ -31,8 +30,8 @@ WORDS: dict[str, Value] = {
 
 #: Sound files: the bytes at hand, and the size of the whole file.
 SEEDS: dict[str, tuple[bytes, int]] = {
-    "llama 8B": (gzip.decompress((HEADERS / "Llama-3.1-8B-Instruct-Q4_K_M.gguf.header.gz").read_bytes()), 4912916320),
-    "gpt-oss": (gzip.decompress((HEADERS / "gpt-oss-20b-MXFP4.gguf.header.gz").read_bytes()), 12096587328),
+    "llama 8B": (headers.content("Llama-3.1-8B-Instruct-Q4_K_M"), 4912916320),
+    "gpt-oss": (headers.content("gpt-oss-20b-MXFP4"), 12096587328),
     "small": (small_llama(), len(small_llama())),
     "words": (content := write_gguf(llama_metadata() | WORDS, llama_tensors(), alignment=64), len(content)),
 }

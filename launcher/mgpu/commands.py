@@ -17,7 +17,7 @@ from mgpu.adapter import Adapter, Command, Endpoint, Job, Projection
 from mgpu.decide.choose import choose, room_for_ctx
 from mgpu.decide.consider import with_reserves
 from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, RuntimeMissingError, UsageError
-from mgpu.gather import Facts, gather
+from mgpu.gather import Facts, find_installed, gather, list_devices
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
 from mgpu.plan import Alternative, Plan, Shape
@@ -215,8 +215,6 @@ def print_runtimes(*, as_json: bool) -> None:
 
 
 def _runtime_row(adapter: Adapter) -> dict[str, Any]:
-    from mgpu.gather import find_installed, list_devices
-
     row: dict[str, Any] = {"runtime": adapter.name, "formats": sorted(adapter.formats), "found": False}
     missing = {"why_not": "not installed", "install": adapter.search.install}
     try:

@@ -55,13 +55,9 @@ def gather(
     return Facts(adapter=adapter, installed=here.installed, rig=profile, notes=(note,))
 
 
-def detect(adapter: Adapter | None, *, explicit: str | None, environ: Mapping[str, str]) -> Rig:
+def detect(adapter: Adapter, environ: Mapping[str, str]) -> Rig:
     """This machine, as the installed runtime of `adapter` could use it; without a runtime, as its drivers tell."""
-    if adapter is not None:
-        return _here(adapter, explicit=explicit, launching=False, environ=environ).rig
-    from mgpu.detect.machine import detect_rig
-
-    return detect_rig(environ)
+    return _here(adapter, explicit=None, launching=False, environ=environ).rig
 
 
 def find_installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed | None:

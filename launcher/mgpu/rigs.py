@@ -8,7 +8,7 @@ import os
 import click
 from msgspec.structs import replace
 
-from mgpu.errors import ProfileError, RuntimeMissingError
+from mgpu.errors import ProfileError
 from mgpu.gather import detect
 from mgpu.rig import Rig
 from mgpu_profiles.match import check as compare
@@ -80,8 +80,4 @@ def remove(name: str) -> None:
 def _machine() -> Rig:
     from mgpu_adapters.registry import load_adapter
 
-    try:
-        return detect(load_adapter("llama.cpp"), explicit=None, environ=os.environ)
-    except RuntimeMissingError as error:
-        click.echo(f"  note: {error.message}", err=True)
-        return detect(None, explicit=None, environ=os.environ)
+    return detect(load_adapter("llama.cpp"), os.environ)

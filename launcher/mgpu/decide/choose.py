@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from mgpu.adapter import Job
 from mgpu.decide import rules
 from mgpu.decide.compose import compose
 from mgpu.decide.consider import consider
 from mgpu.decide.misfit import explain_misfit, largest_ctx
-from mgpu.decide.options import Case, Options, fewest, holds_on_gpus, split_over, weigh_options
+from mgpu.decide.options import Case, Options, fewest, on_gpus, split_over, weigh_options
 from mgpu.decide.place import as_pinned, by_room, fastest_first, on_host
 from mgpu.decide.speed import host_seconds_per_token
 from mgpu.decide.weigh import Weighed, weigh
@@ -53,7 +55,7 @@ def room_for_ctx(request: Request, rig: Rig, job: Job, plan: Plan) -> int | None
     chosen = set(plan.layout.gpus)
     gpus = tuple(gpu for gpu in consider(request, rig) if gpu.index in chosen)
     case = Case(request=request, rig=rig, job=job, gpus=gpus)
-    return largest_ctx(job, lambda other: holds_on_gpus(case.with_job(other)), at_most=job.ctx_train)
+    return largest_ctx(job, lambda other: on_gpus(case.with_job(other)) is not None, at_most=job.ctx_train)
 
 
 def _check_split(case: Case) -> None:
@@ -80,19 +82,16 @@ def _at_largest_ctx(case: Case) -> Job:
     left to the CPU's help. Without cards, RAM is the bound.
     """
     usual = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
-    options = weigh_options(case.with_job(usual))
-    best = options.single or options.split
+    best = on_gpus(case.with_job(usual))
+    cards = case if best is None else replace(case, gpus=best.gpus)
 
-    def on_gpus(cards: Case, at_most: int) -> Job:
-        ctx = largest_ctx(usual, lambda job: holds_on_gpus(cards.with_job(job)), at_most=at_most)
-        return usual if ctx is None else usual.at_ctx(ctx)
+    def holds(job: Job) -> bool:
+        if case.gpus:
+            return on_gpus(cards.with_job(job)) is not None
+        return weigh(job, on_host(job), (), case.rig).fits
 
-    if best is not None:
-        narrowed = Case(request=case.request, rig=case.rig, job=usual, gpus=best.gpus)
-        return on_gpus(narrowed, usual.ctx_train)
-    if case.gpus:
-        return on_gpus(case, usual.ctx)
-    ctx = largest_ctx(usual, lambda job: weigh(job, on_host(job), (), case.rig).fits, at_most=usual.ctx_train)
+    lacking = case.gpus and best is None
+    ctx = largest_ctx(usual, holds, at_most=usual.ctx if lacking else usual.ctx_train)
     return usual if ctx is None else usual.at_ctx(ctx)
 
 

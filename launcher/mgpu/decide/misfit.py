@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mgpu.adapter import Job
 from mgpu.decide import rules
-from mgpu.decide.options import Case, holds_on_gpus, weigh_options
+from mgpu.decide.options import Case, on_gpus
 from mgpu.decide.weigh import Weighed
 from mgpu.errors import UsageError
 from mgpu.units import gib, gib_of
@@ -69,7 +69,7 @@ def offers(case: Case) -> list[str]:
     would: list[str] = []
 
     def holds(job: Job) -> bool:
-        return holds_on_gpus(case.with_job(job))
+        return on_gpus(case.with_job(job)) is not None
 
     ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
@@ -86,8 +86,7 @@ def _smaller_cache(case: Case) -> list[str]:
             smaller = case.with_job(case.job.at_kv_type(kv_type))
         except UsageError:
             continue
-        options = weigh_options(smaller)
-        best = options.single or options.split
+        best = on_gpus(smaller)
         if best is not None:
             taken = sum(need.total for need in best.devices)
             room = sum(gpu.usable_bytes for gpu in best.gpus)

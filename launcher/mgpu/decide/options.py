@@ -71,22 +71,33 @@ class Options(Struct, frozen=True, kw_only=True):
 
 def weigh_options(case: Case) -> Options:
     """Cards alone first; a split only where none will do; the CPU only where no split will."""
-    job, gpus = case.job, case.gpus
-    singles = tuple(sorted((weigh(job, on_one(job, gpu), (gpu,), case.rig) for gpu in gpus), key=_rank))
+    singles = _singles(case)
     if any(single.fits for single in singles):
         return Options(singles=singles, needless=_needless(case))
     split = None if case.one_card_only else fewest(case)
     if split is not None:
         return Options(singles=singles, split=split)
-    if not job.computes_on_cpu:
+    if not case.job.computes_on_cpu:
         return Options(singles=singles)
-    cpu = weigh(job, on_host(job), (), case.rig) if job.pinned.host_layers is None else None
+    cpu = weigh(case.job, on_host(case.job), (), case.rig) if case.job.pinned.host_layers is None else None
     return Options(singles=singles, offload=_offload(case), cpu=cpu)
 
 
-def fewest(case: Case, *, at_least: int = 2) -> Weighed | None:
-    """Rule `fewest-cards`: the smallest number of cards that holds it, and of those sets the fastest."""
-    sizes = range(at_least, len(case.gpus) + 1)
+def on_gpus(case: Case) -> Weighed | None:
+    """The best without the CPU, or None: what `--ctx max` and "what would fit" are searched with."""
+    single = next((single for single in _singles(case) if single.fits), None)
+    return single or (None if case.one_card_only else fewest(case))
+
+
+def _singles(case: Case) -> tuple[Weighed, ...]:
+    """Each card alone, best first by rule `fastest-card`."""
+    job = case.job
+    return tuple(sorted((weigh(job, on_one(job, gpu), (gpu,), case.rig) for gpu in case.gpus), key=_rank))
+
+
+def fewest(case: Case) -> Weighed | None:
+    """Rule `fewest-cards`: the smallest number of cards (of two and more) that holds it, and of those the fastest."""
+    sizes = range(2, len(case.gpus) + 1)
     return next((found for size in sizes if (found := split_over(case, size)) is not None), None)
 
 
@@ -103,12 +114,6 @@ def split_over(case: Case, size: int) -> Weighed | None:
         return None
     best = max(fitting, key=lambda one: (_tok_s(one), one.least_spare))
     return weigh(case.job, evened(case.job, best.gpus, best.layout), best.gpus, case.rig)
-
-
-def holds_on_gpus(case: Case) -> bool:
-    """Whether the cards hold the job without the CPU: what `--ctx max` and "what would fit" are searched with."""
-    single = any(weigh(case.job, on_one(case.job, gpu), (gpu,), case.rig).fits for gpu in case.gpus)
-    return single or (not case.one_card_only and fewest(case) is not None)
 
 
 def _needless(case: Case) -> Sketch | None:

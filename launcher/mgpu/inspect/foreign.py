@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from mgpu.errors import BadModelError
+
+_MAX_LISTED: Final = 8  # names in one message
 
 #: First bytes of what is given for a GGUF by mistake -> what it is, what to do. The first match counts.
 _FOREIGN: Final = (
@@ -46,3 +49,9 @@ def check_magic(head: bytes, origin: str) -> None:
         unknown = (f"it starts with {ascii(head[:4])[1:]}, not with 'GGUF'", "give the path of a .gguf file")
         what, hint = next((row[1:] for row in _FOREIGN if text.startswith(row[0])), unknown)
     raise BadModelError(f"{shown(origin)} is not a GGUF file: {what}", hint=hint)
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """At most eight of the names, and how many more there are."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(shown(name) for name in names[:_MAX_LISTED]) + more

@@ -16,7 +16,7 @@ from typing import Annotated, Final
 import msgspec
 
 from mgpu.errors import BadModelError
-from mgpu.inspect.foreign import shown
+from mgpu.inspect.foreign import listed_names, shown
 from mgpu.inspect.hf_config import read_bounded, read_object
 from mgpu.inspect.safetensors import MAX_HEADER_BYTES, TensorInfo, read_header
 from mgpu.model import ModelFile
@@ -25,7 +25,6 @@ SUFFIX: Final = ".safetensors"
 #: More tensors in one model are refused. The largest known (one trillion weights, quantised) has near 300,000.
 MAX_TENSORS: Final = 1 << 20
 _MAX_FILES: Final = 4096
-_MAX_LISTED: Final = 8  # names in one message
 _INDEX: Final = "model.safetensors.index.json"
 _MISTRAL_INDEX: Final = "consolidated.safetensors.index.json"
 #: Starts of names of files that lie beside a model: Mistral's own copy of the weights, adapters, a trainer's state.
@@ -204,9 +203,3 @@ def _adapter(directory: Path, names: Sequence[str]) -> BadModelError:
         f"{shown(str(directory))} holds a LoRA adapter, not a model",
         hint=f"give the directory of the model it was made for{which}; after --, pass the adapter to the runtime",
     )
-
-
-def listed_names(names: Sequence[str]) -> str:
-    """At most eight of the names, and how many more there are."""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(shown(name) for name in names[:_MAX_LISTED]) + more

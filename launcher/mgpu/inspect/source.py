@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mgpu.errors import BadModelError
-from mgpu.inspect.foreign import check_magic, shown
+from mgpu.inspect.foreign import check_magic, listed_names, shown
 from mgpu.inspect.gguf import DAMAGED, MAX_HEADER_BYTES, Header, parse_header
 from mgpu.inspect.gguf_model import build_model
 from mgpu.model import Model, ModelFile
@@ -19,7 +19,6 @@ _SAFETENSORS: Final = ".safetensors"
 #: What tells that a directory is meant to be a model in Hugging Face's format, whole or not.
 _HF_FILES: Final = frozenset({"config.json", "adapter_config.json", "params.json"})
 _HF_SUFFIXES: Final = (_SAFETENSORS, ".safetensors.index.json", ".bin", ".pt", ".pth")
-_MAX_LISTED: Final = 8  # names in one message
 
 ReadHeader = Callable[[str], tuple[Header, ModelFile]]
 
@@ -94,7 +93,7 @@ def _check_present(paths: Sequence[str]) -> None:
     if missing:
         directory = shown(str(Path(paths[0]).parent))
         raise BadModelError(
-            f"{len(missing)} of {len(paths)} shards are missing in {directory}: {_listed(missing)}",
+            f"{len(missing)} of {len(paths)} shards are missing in {directory}: {listed_names(missing)}",
             hint="download the missing shards into the same directory",
         )
 
@@ -176,7 +175,7 @@ def _find_in_directory(directory: Path) -> Path:
         return directory / (firsts[0] if firsts[0] in models else models[0])
     if firsts:
         raise BadModelError(
-            f"{shown(str(directory))} holds {len(firsts)} models: {_listed(firsts)}",
+            f"{shown(str(directory))} holds {len(firsts)} models: {listed_names(firsts)}",
             hint="give the path of one of them",
         )
     if any(name in _HF_FILES or name.endswith(_HF_SUFFIXES) for name in names):
@@ -199,16 +198,11 @@ def _no_model(directory: Path, names: Sequence[str]) -> BadModelError:
         what = "snapshots of a repository"  # the hub's cache: models--ORG--NAME
         hint = f"give the path of a snapshot: {shown(str(snapshots[0]))}"
     elif below:
-        what = f"directories with some: {_listed(sorted(below))}"
+        what = f"directories with some: {listed_names(sorted(below))}"
         hint = "give the path of one of them"
     else:
-        what = _listed(names) if names else "nothing"
+        what = listed_names(names) if names else "nothing"
     return BadModelError(
         f"{shown(str(directory))} has no .gguf and no *.safetensors file; it holds {what}",
         hint=hint,
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(shown(name) for name in names[:_MAX_LISTED]) + more
