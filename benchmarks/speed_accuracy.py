@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from headers import write_model
 from mgpu.adapter import Job
 from mgpu.decide.place import by_room
-from mgpu.decide.speed import predict
+from mgpu.decide.speed import forecast
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
 from mgpu.request import Request
-from mgpu.rig import Gpu
+from mgpu.rig import Gpu, Rig
 from mgpu.units import GIB
 from mgpu_adapters.llamacpp.adapter import LlamaCpp
 from mgpu_profiles.gpus import find_spec
@@ -58,7 +58,8 @@ def cards(text: str) -> list[Gpu]:
 def predicted(model: Model, ctx: int, gpus: list[Gpu]) -> float:
     adapter = LlamaCpp()
     job: Job = adapter.job(model, Request(ctx=ctx), adapter.assumed())
-    speed = predict(job, by_room(job, gpus), gpus, None)
+    rig = Rig(name="public", source="profile", gpus=tuple(gpus))
+    speed = forecast(job, by_room(job, gpus), gpus, rig).tok_s
     assert speed is not None
     return speed.expected
 

@@ -147,6 +147,15 @@ class Job(Protocol):
         ...
 
     @property
+    def tensor_is_experimental(self) -> bool:
+        """Whether the runtime itself calls its tensor mode experimental."""
+        ...
+
+    def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
+        """What keeps the runtime from running this model as tensor ranks on `gpus`, in a few words; None: nothing."""
+        ...
+
+    @property
     def kv_type(self) -> str: ...
     @property
     def n_units(self) -> int:
@@ -185,6 +194,10 @@ class Job(Protocol):
 
     def at_ctx(self, ctx: int) -> Job:
         """The same job with another context per user."""
+        ...
+
+    def at_users(self, users: int) -> Job:
+        """The same job for another number of users; as it is where flags after `--` fix their number."""
         ...
 
     def at_kv_type(self, kv_type: str) -> Job:

@@ -9,6 +9,7 @@ from msgspec import Struct
 from mgpu.request import RuntimeName
 
 PlacementKind = Literal["single", "pipeline", "tensor", "offload", "cpu", "replicas", "attach"]
+Mode = Literal["pipeline", "tensor", "replicas"]
 Verdict = Literal["applies", "passes", "warns", "refuses"]
 
 
@@ -19,6 +20,7 @@ class Shape(Struct, frozen=True, kw_only=True):
     """
 
     n_devices: int
+    mode: Mode = "pipeline"
     host_layers: int = 0  # the first blocks, kept on the host
     host_experts: int = 0  # the first blocks whose routed experts alone are kept on the host
 
@@ -26,8 +28,10 @@ class Shape(Struct, frozen=True, kw_only=True):
 class Layout(Struct, frozen=True, kw_only=True):
     """Units to devices. `gpus` are rig indices in the order the runtime numbers them; `counts` are units on each.
 
-    The first `shape.host_layers` units are on the host; then `counts[0]` units on `gpus[0]`, and so on:
-    `host_layers + sum(counts)` is the number of units, or `counts` is empty (everything on the host).
+    As a pipeline (one device, too), the first `shape.host_layers` units are on the host; then `counts[0]` units on
+    `gpus[0]`, and so on: `host_layers + sum(counts)` is the number of units, or `counts` is empty (all on the host).
+    As tensor ranks and as replicas, each device takes part in every unit, and each count is the number of units.
+    A replica is a runtime of its own: its memory is that of a shape with one device.
     """
 
     gpus: tuple[int, ...]
@@ -36,6 +40,8 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     def spans(self) -> tuple[range, ...]:
         """The units on each device, as ranges."""
+        if self.shape.mode != "pipeline":
+            return tuple(range(count) for count in self.counts)
         spans: list[range] = []
         start = self.shape.host_layers
         for count in self.counts:
@@ -112,6 +118,24 @@ class Speed(Struct, frozen=True, kw_only=True):
         return f"{self.low:.{digits}f}-{self.high:.{digits}f} tok/s {how}"
 
 
+class Wait(Struct, frozen=True, kw_only=True):
+    """Seconds from the request to the first token, for a prompt of `prompt_tokens`. A prediction."""
+
+    prompt_tokens: int
+    expected: float
+    low: float
+    high: float
+
+
+class Forecast(Struct, frozen=True, kw_only=True):
+    """How fast a placement is. `tok_s`: one user alone; `total_tok_s`: all users at once, together."""
+
+    tok_s: Speed | None = None
+    prompt_tok_s: Speed | None = None
+    first_token: Wait | None = None
+    total_tok_s: Speed | None = None  # None for one user
+
+
 class RuleVerdict(Struct, frozen=True, kw_only=True):
     """What one rule said, with the figures it used in the text. `source`: where rule and figures come from."""
 
@@ -154,9 +178,16 @@ class Plan(Struct, frozen=True, kw_only=True):
     devices: tuple[DevicePlan, ...]
     host: HostPlan
     tensor_split: tuple[int, ...] | None
-    tok_s: Speed | None
+    forecast: Forecast
     rules: tuple[RuleVerdict, ...]
     alternatives: tuple[Alternative, ...] = ()
     warnings: tuple[str, ...] = ()
     ctx_fits: int | None = None  # the largest context per user these same devices would hold
+    users_each: int = 1  # users of one replica; all of them where there are no replicas
+    changes: tuple[str, ...] = ()  # what would change the answer, one line each
     refusal: Refusal | None = None
+
+    @property
+    def tok_s(self) -> Speed | None:
+        """Tokens per second for one user alone."""
+        return self.forecast.tok_s

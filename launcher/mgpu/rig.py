@@ -41,6 +41,8 @@ class Gpu(Struct, frozen=True, kw_only=True):
     enabled: bool = True
     display: bool = False
     unified: bool = False  # shares the host's RAM (Apple, GB10, integrated)
+    integrated: bool = False  # part of the processor: far slower than any card, and there for the display
+    numa_node: int | None = None  # the processor (socket) its slot belongs to
     device: str | None = None
     pci_bus_id: str | None = None
     power_limit_watts: int | None = None
@@ -59,11 +61,15 @@ def short_name(name: str) -> str:
 
 
 class Link(Struct, frozen=True, kw_only=True):
-    """The best way from one card to another; `gpus` are rig indices, smaller first. Pairs not listed are plain PCIe."""
+    """The best way from one card to another; `gpus` are rig indices, smaller first. Pairs not listed are plain PCIe.
+
+    `path` is the way over PCIe, in `nvidia-smi topo`'s words: PIX, PXB, PHB, NODE or SYS; empty when unknown.
+    """
 
     gpus: tuple[int, int]
     kind: LinkKind
     n_links: int = 0  # NVLink bridges between the two
+    path: str = ""
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -71,6 +77,32 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     text: str
     hint: str = ""
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """A speed that was measured on this rig (`mgpu bench`), and what was running: enough to find it again.
+
+    `gpus` are rig indices in the runtime's order, `counts` the units on each (as in a plan's layout). `depth`: tokens
+    in the cache while generating, on average. `predicted`: what was predicted at the time, in tokens per second.
+    """
+
+    model: str
+    architecture: str
+    quantization: str
+    weights_bytes: int
+    runtime: str
+    version: str
+    mode: str  # pipeline (one card, too) or tensor
+    gpus: tuple[int, ...]
+    counts: tuple[int, ...]
+    host_layers: int = 0
+    host_experts: int = 0
+    kv_type: str = "f16"
+    depth: int
+    tok_s: float
+    prompt_tok_s: float | None = None
+    predicted: float | None = None
+    date: str  # ISO 8601
 
 
 class Rig(Struct, frozen=True, kw_only=True):
@@ -87,6 +119,7 @@ class Rig(Struct, frozen=True, kw_only=True):
     psu_watts: int | None = None
     driver: str = ""  # "NVIDIA 580.95.05, CUDA 13.0", or the runtime that listed the devices
     findings: tuple[Finding, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
     def link(self, a: int, b: int) -> LinkKind:
         """How cards `a` and `b` (rig indices) reach each other."""

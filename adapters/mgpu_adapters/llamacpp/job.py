@@ -106,6 +106,19 @@ class LlamaJob:
         n_ctx = ctx if settings.kv_unified else ctx * settings.n_parallel
         return self._with(replace(settings, n_ctx=n_ctx))
 
+    tensor_is_experimental = True
+
+    def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
+        del gpus
+        return "this version does not plan for it"
+
+    def at_users(self, users: int) -> LlamaJob:
+        settings = self.settings
+        if "parallel" in self._given or "ctx-size" in self._given or users == settings.n_parallel:
+            return self
+        n_ctx = settings.n_ctx if settings.kv_unified else settings.n_ctx_seq * users
+        return self._with(replace(settings, n_parallel=users, n_ctx=n_ctx))
+
     def at_kv_type(self, kv_type: str) -> LlamaJob:
         settings = replace(self.settings, type_k=kv_type, type_v=kv_type)
         check_cache_types(settings, self.model)

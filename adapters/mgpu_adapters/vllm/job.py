@@ -102,6 +102,17 @@ class VllmJob:
             return self
         return self._with(replace(self.settings, max_model_len=ctx))
 
+    tensor_is_experimental = False
+
+    def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
+        del gpus
+        return "this version does not plan for it"
+
+    def at_users(self, users: int) -> VllmJob:
+        if "max-num-seqs" in self._given:
+            return self
+        return self._with(replace(self.settings, max_num_seqs=users))
+
     def at_kv_type(self, kv_type: str) -> VllmJob:
         return self._with(replace(self.settings, kv_cache_dtype=kv_cache_dtype(kv_type)))
 

@@ -32,7 +32,7 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
             free_bytes=case.rig.ram_free_bytes,
         ),
         tensor_split=layout.counts if len(layout.counts) > 1 else None,
-        tok_s=chosen.speed,
+        forecast=chosen.forecast,
         rules=_verdicts(case, chosen, options, n_blocks),
         alternatives=tuple(_alternatives(case, chosen, options)),
         warnings=(*job.warnings, *_warnings(case, chosen)),

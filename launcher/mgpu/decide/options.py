@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Job
 from mgpu.decide.place import by_room, evened, fastest_first, least_offload, on_host, on_one, pipeline, subsets
-from mgpu.decide.speed import predict
+from mgpu.decide.speed import forecast
 from mgpu.decide.weigh import Weighed, weigh
 from mgpu.plan import Layout, Speed
 from mgpu.request import Request
@@ -122,7 +122,7 @@ def _needless(case: Case) -> Sketch | None:
     if len(pair) < 2:
         return None
     layout = by_room(case.job, pair)
-    return Sketch(layout=layout, gpus=pair, speed=predict(case.job, layout, pair, case.rig.ram_bandwidth_bytes_per_s))
+    return Sketch(layout=layout, gpus=pair, speed=forecast(case.job, layout, pair, case.rig).tok_s)
 
 
 def _offload(case: Case) -> Weighed | None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from mgpu.adapter import Job
-from mgpu.plan import Layout, Speed
-from mgpu.rig import Gpu
+from mgpu.plan import Forecast, Layout, Speed
+from mgpu.rig import Gpu, Rig
 
 # Least squares on the relative error over 196 rows of XiongjieDai/GPU-Benchmarks@aa72e0e (Llama-3 8B and 70B, Q4_K_M
 # and F16, 1-4 CUDA cards, llama.cpp b2824-b2833, May 2024). `benchmarks/speed_accuracy.py` computes the error over the
@@ -35,17 +35,19 @@ _BAND: Final = 0.17  # nine of ten rows lie within it
 _BAND_ASSUMED_RAM: Final = 0.6
 
 
-def predict(job: Job, layout: Layout, gpus: Sequence[Gpu], ram_bandwidth: int | None) -> Speed | None:
-    """Tokens per second of `layout`, whose devices are `gpus`, in order. None when a card's bandwidth is unknown."""
+def forecast(job: Job, layout: Layout, gpus: Sequence[Gpu], rig: Rig) -> Forecast:
+    """The speed of `layout`, whose devices are `gpus`, in order. Empty when a card's bandwidth is unknown."""
     device_seconds = _device_seconds(job, layout, gpus)
     if device_seconds is None:
-        return None
+        return Forecast()
+    ram_bandwidth = rig.ram_bandwidth_bytes_per_s
     host_seconds = host_seconds_per_token(job, layout, ram_bandwidth)
     seconds = device_seconds + host_seconds
     expected = 1 / seconds
     unsure = host_seconds / seconds if ram_bandwidth is None else 0.0
     band = _BAND + (_BAND_ASSUMED_RAM - _BAND) * unsure
-    return Speed(expected=expected, low=expected * (1 - band), high=expected * (1 + band))
+    speed = Speed(expected=expected, low=expected * (1 - band), high=expected * (1 + band))
+    return Forecast(tok_s=speed)
 
 
 def host_seconds_per_token(job: Job, layout: Layout, ram_bandwidth: int | None) -> float:

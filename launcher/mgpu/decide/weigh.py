@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from mgpu.adapter import Job
-from mgpu.decide.speed import predict
-from mgpu.plan import DeviceBytes, HostBytes, Layout, PlacementKind, Speed
+from mgpu.decide.speed import forecast
+from mgpu.plan import DeviceBytes, Forecast, HostBytes, Layout, PlacementKind, Speed
 from mgpu.rig import Gpu, Rig
 
 
@@ -22,7 +22,12 @@ class Weighed(Struct, frozen=True, kw_only=True):
     host: HostBytes
     short: tuple[int, ...]  # bytes each device lacks, 0 where it fits
     host_short: int
-    speed: Speed | None
+    forecast: Forecast
+
+    @property
+    def speed(self) -> Speed | None:
+        """For one user alone."""
+        return self.forecast.tok_s
 
     @property
     def fits(self) -> bool:
@@ -57,7 +62,7 @@ def weigh(job: Job, layout: Layout, gpus: Sequence[Gpu], rig: Rig) -> Weighed:
         host=host,
         short=short,
         host_short=host_short,
-        speed=predict(job, layout, gpus, rig.ram_bandwidth_bytes_per_s),
+        forecast=forecast(job, layout, gpus, rig),
     )
 
 
