@@ -43,6 +43,17 @@ MACHINES = {
     "two nvlink": Machine(rtx_3090(0), rtx_3090(1), links=({"a": 0, "b": 1, "nvlinks": 4, "p2p": 0},)),
     "two p2p": Machine(rtx_3090(0), rtx_3090(1), links=({"a": 0, "b": 1, "p2p": 0},)),
     "bridge refused": Machine(rtx_3090(0), rtx_3090(1), links=({"a": 0, "b": 1, "nvlinks": 4, "p2p_nvlink": 4},)),
+    "two, paths told": Machine(
+        rtx_3090(0),
+        rtx_3090(1),
+        rtx_3090(2),
+        links=(
+            {"a": 0, "b": 1, "nvlinks": 4, "level": 30},
+            {"a": 0, "b": 2, "p2p": 0, "level": 20},
+            {"a": 1, "b": 2, "level": 50},
+        ),
+    ),
+    "old board": Machine(rtx_3090(pcie_gen_max=3, pcie_gen_card=4, pcie_width=8)),
     "mixed": Machine(rtx_3090(0), tesla_p40(0)),
     "gb10": Machine(gb10()),
     "gb10 zero": Machine(gb10(mem_total=0)),
@@ -69,9 +80,13 @@ MACHINES = {
 }
 
 
-def probe(machine: Machine) -> NvidiaProbe:
+#: No /sys: the PCI addresses of the fakes are those of real devices on some machines.
+NOWHERE = Path("/nonexistent")
+
+
+def probe(machine: Machine, root: Path = NOWHERE) -> NvidiaProbe:
     with installed(machine) as fake:
-        result = probe_nvidia()
+        result = probe_nvidia(root)
     assert fake.opened == 0, "the driver was left open"
     return result
 
@@ -85,6 +100,7 @@ def test_one_card() -> None:
     assert result == NvidiaProbe(
         state="ok",
         driver="NVIDIA 580.95.05, CUDA 13.0",
+        count=1,
         gpus=(
             Gpu(
                 index=0,
@@ -136,6 +152,14 @@ def test_a_code_without_a_name_is_said_as_it_is() -> None:
         ("switch, some links down", (Link(gpus=(0, 1), kind="nvlink", n_links=12),)),
         ("wsl", ()),
         ("mixed", ()),
+        (
+            "two, paths told",
+            (
+                Link(gpus=(0, 1), kind="nvlink", n_links=4, path="PHB"),
+                Link(gpus=(0, 2), kind="pcie-p2p", path="PXB"),
+                Link(gpus=(1, 2), kind="pcie", path="SYS"),
+            ),
+        ),
     ],
 )
 def test_links(machine: str, links: tuple[Link, ...]) -> None:
@@ -206,7 +230,41 @@ def test_a_broken_card_is_a_finding_and_the_rest_stay(machine: str, left: list[i
 
 
 def test_riser_shows_in_the_lanes() -> None:
-    assert probe(MACHINES["riser"]).gpus[0].pcie == Pcie(gen=4, width=4)
+    result = probe(MACHINES["riser"])
+    assert result.gpus[0].pcie == Pcie(gen=4, width=4)
+    assert "GPU 0 (RTX 3090) runs at PCIe 4.0 x4; the card can do 4.0 x16" in texts(result)
+
+
+def test_a_board_of_an_older_generation() -> None:
+    """NVML's other figures are of card and board together."""
+    result = probe(MACHINES["old board"])
+    assert result.gpus[0].pcie == Pcie(gen=3, width=8)
+    assert "runs at PCIe 3.0 x8; the card can do 4.0 x16" in texts(result)
+    assert texts(probe(Machine(rtx_3090(pcie_gen_max=3, pcie_gen_card=4)))) == ""
+
+
+def test_lanes_of_the_card_itself_and_its_processor(tmp_path: Path) -> None:
+    """NVML's maximum is the slot's where that is less; /sys has the card's own, and the socket."""
+    device = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "max_link_width").write_text("16\n")
+    (device / "numa_node").write_text("1\n")
+    result = probe(Machine(rtx_3090(pcie_width=4, pcie_width_max=4)), tmp_path)
+    assert result.gpus[0].numa_node == 1
+    assert "the card can do 4.0 x16" in texts(result)
+    (device / "numa_node").write_text("-1\n")
+    assert probe(Machine(rtx_3090()), tmp_path).gpus[0].numa_node is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 2080 Super with Max-Q Design", "Quadro RTX 5000 Mobile"],
+)
+def test_laptop_parts_have_their_own_figures_or_none(name: str) -> None:
+    (gpu,) = probe(Machine(rtx_3090(name=name, mem_clock_max_mhz=9001, mem_bus_width=256))).gpus
+    assert gpu.bandwidth_bytes_per_s == 576_064_000_000
+    (gpu,) = probe(Machine(rtx_3090(name=name, mem_clock_max_mhz="!3"))).gpus
+    assert gpu.bandwidth_bytes_per_s is None
 
 
 @pytest.mark.parametrize("code", [13, 25, 999, 3])

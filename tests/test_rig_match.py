@@ -211,6 +211,32 @@ class TestMerge:
         wanted = profile(card(0), card(1, enabled=False), links=(Link(gpus=(0, 1), kind="nvlink"),))
         assert merge(wanted, machine(card(0))).links == ()
 
+    def test_the_way_over_pcie_is_the_machines(self) -> None:
+        here = machine(
+            *(card(index) for index in range(3)),
+            links=(Link(gpus=(0, 1), kind="nvlink", n_links=4, path="PHB"), Link(gpus=(0, 2), kind="pcie", path="SYS")),
+        )
+        wanted = profile(
+            *(card(index) for index in range(3)),
+            links=(Link(gpus=(0, 2), kind="pcie-p2p", path="PIX"), Link(gpus=(1, 2), kind="pcie", path="PXB")),
+        )
+        assert merge(wanted, here).links == (
+            Link(gpus=(0, 1), kind="pcie", path="PHB"),  # the profile knows of no bridge
+            Link(gpus=(0, 2), kind="pcie-p2p", path="SYS"),
+            Link(gpus=(1, 2), kind="pcie", path="PXB"),
+        )
+
+    def test_a_profile_may_wake_the_processors_graphics(self) -> None:
+        """If the runtime has a name for them; and only a profile that knows them."""
+        resting = card(1, "3060", uuid=None, integrated=True, enabled=False)
+        named = msgspec.structs.replace(resting, device="Vulkan1")
+        asleep = msgspec.structs.replace(named, enabled=False)
+        awake = msgspec.structs.replace(named, enabled=True)
+        for wanted, here, enabled in ((awake, named, True), (asleep, named, False), (awake, resting, False)):
+            assert merge(profile(card(0), wanted), machine(card(0), here)).gpus[1].enabled is enabled
+        assert check(profile(card(0)), machine(card(0), named)) == ()
+        assert not merge(profile(card(0)), machine(card(0), named)).gpus[1].enabled
+
     def test_no_match(self) -> None:
         with pytest.raises(ProfileError) as caught:
             merge(bundled("4x3090"), machine(card(0), card(1, "3060")))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mgpu.errors import ProfileError
+from mgpu.request import RUNTIME_NAMES
 from mgpu.rig import Gpu, Link, Pcie, Rig
 from mgpu.units import GIB, MIB
 from mgpu_profiles.document import FORMS, TABLES, check_name
@@ -45,6 +46,25 @@ enabled = false
 [[link]]
 gpus = [1, 0]
 kind = "pcie-p2p"
+"""
+
+#: A figure of `mgpu bench` below it.
+MEASURED: Final = """
+[[measured]]
+model = "Llama 3.1 8B Instruct"
+architecture = "llama"
+quantization = "Q4_K_M"
+weights_bytes = 4912898304
+runtime = "llama.cpp"
+version = "b11434"
+mode = "pipeline"
+gpus = [0, 1]
+counts = [20, 13]
+kv_type = "f16"
+depth = 576
+tok_s = 98.5
+predicted = 97.25
+date = "2026-11-23"
 """
 
 
@@ -283,17 +303,17 @@ class TestRefuse:
         }
         assert keys == FORMS.keys()
 
-    @pytest.mark.parametrize("key", [key for key in FORMS if key not in {"host", "gpu", "link"}])
+    @pytest.mark.parametrize("key", [key for key in FORMS if key not in {"host", "gpu", "link", "measured"}])
     def test_what_it_says_is_accepted(self, key: str) -> None:
         """Whoever follows the advice of an error must not meet the next one."""
         table, _, field = key.rpartition(".")
         examples = re.findall(rf'{field} = (?:"[^"]*"|\[[^\]]*\]|[\w.]+)', FORMS[key]) or [
-            f'{field} = "{word}"' for word in re.findall(r"[\w-]+(?=,|$)", FORMS[key].partition("one of ")[2])
+            f'{field} = "{word}"' for word in re.findall(r"[\w.-]+(?=,|$)", FORMS[key].partition("one of ")[2])
         ]
         if not examples:
             assert key == "gpu.uuid"
         for example in examples:
-            data: dict[str, Any] = tomllib.loads(HOME)
+            data: dict[str, Any] = tomllib.loads(HOME + MEASURED)
             place = data if not table else data[table] if table == "host" else data[table][0]
             place.update(tomllib.loads(example))
             parse_rig(tomli_w.dumps(data), "home.toml")
@@ -328,12 +348,44 @@ def gpu_tables(draw: st.DrawFn) -> dict[str, Any]:
         "compute_capability": st.sampled_from(["5.2", "8.6", "12.0", "gfx90a", "gfx1100"]),
         "power_watts": watts,
         "unified": st.booleans(),
+        "integrated": st.booleans(),
         "display": st.booleans(),
+        "numa_node": st.integers(min_value=0, max_value=1024),
         "device": words,
         "max_tensor_mib": mib,
     }
     table = draw(st.fixed_dictionaries({"name": st.sampled_from(NAMES) | printable}, optional=optional))
     return {"vram_mib": vram, **table}
+
+
+@st.composite
+def measured_tables(draw: st.DrawFn, n_gpus: int) -> dict[str, Any]:
+    gpus = draw(st.permutations(range(n_gpus)))[: draw(st.integers(min_value=0, max_value=n_gpus))]
+    counts = st.integers(min_value=0, max_value=200)
+    speeds = st.floats(min_value=0.001, max_value=100_000) | st.integers(min_value=1, max_value=100_000)
+    optional: dict[str, st.SearchStrategy[Any]] = {
+        "host_layers": counts,
+        "host_experts": counts,
+        "prompt_tok_s": speeds,
+        "predicted": speeds,
+    }
+    required: dict[str, st.SearchStrategy[Any]] = {
+        "model": printable,
+        "architecture": st.sampled_from(["llama", "gpt-oss", "qwen3moe"]),
+        "quantization": st.sampled_from(["Q4_K_M", "Q4_K - Medium", "MXFP4"]),
+        "weights_bytes": st.integers(min_value=1, max_value=1 << 45),
+        "runtime": st.sampled_from(RUNTIME_NAMES),
+        "version": st.sampled_from(["b11434", "0.6.0-dev (build 11434)", "unknown"]),
+        "mode": st.sampled_from(["pipeline", "tensor"]),
+        "kv_type": st.sampled_from(["f16", "q8_0", "q8_0/f16"]),
+        "depth": counts,
+        "tok_s": speeds,
+        "date": st.sampled_from(
+            ["2026-11-23", "2026-11-23T17:33", "2026-11-23T17:33:41Z", "2026-11-23T17:33:41+01:00"]
+        ),
+    }
+    table = draw(st.fixed_dictionaries(required, optional=optional))
+    return {**table, "gpus": list(gpus), "counts": [draw(counts) for _ in gpus]}
 
 
 @st.composite
@@ -346,16 +398,20 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
     pairs = [[a, b] for a in range(len(gpus)) for b in range(a)]
     links = draw(st.lists(st.sampled_from(pairs), unique_by=tuple)) if pairs else []
     kinds = st.sampled_from(["nvlink", "pcie-p2p", "pcie"])
+    paths = st.sampled_from(["PIX", "PXB", "PHB", "NODE", "SYS"])
+    ways = st.fixed_dictionaries({}, optional={"n_links": st.integers(min_value=1, max_value=36), "path": paths})
     host = st.fixed_dictionaries(
         {"ram_gib": st.floats(min_value=0, max_value=1 << 16) | st.integers(min_value=0, max_value=1 << 16)},
         optional={"ram_bandwidth_gbs": gbs, "cores": st.integers(min_value=1, max_value=512), "psu_watts": watts},
     )
+    figures = [draw(measured_tables(len(gpus))) for _ in range(draw(st.integers(min_value=0, max_value=2)))]
     return {
         "schema": 1,
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,30}", fullmatch=True)),
         "host": draw(host),
         "gpu": gpus,
-        "link": [{"gpus": pair, "kind": draw(kinds)} | draw(st.sampled_from([{}, {"n_links": 4}])) for pair in links],
+        "link": [{"gpus": pair, "kind": draw(kinds), **draw(ways)} for pair in links],
+        "measured": figures,
     }
 
 
@@ -403,6 +459,14 @@ class TestRoundTrip:
             links=(Link(gpus=(2, 3), kind="nvlink", n_links=4), Link(gpus=(0, 3), kind="pcie-p2p")),
         )
         assert parse_rig(format_rig(moved), "moved.toml").links == (Link(gpus=(0, 1), kind="nvlink", n_links=4),)
+
+    def test_where_a_card_hangs_is_kept(self) -> None:
+        card = Gpu(index=0, name="AMD X", vendor="amd", total_bytes=GIB, free_bytes=GIB, numa_node=0)
+        graphics = msgspec.structs.replace(card, index=1, numa_node=None, integrated=True, unified=True, enabled=False)
+        gpus = (card, graphics)
+        link = Link(gpus=(0, 1), kind="pcie", path="SYS")
+        rig = Rig(name="found", source="profile", gpus=gpus, links=(link,), ram_bytes=GIB, ram_free_bytes=GIB * 3 // 4)
+        assert parse_rig(format_rig(rig), "found.toml") == rig
 
     def test_what_a_person_reads(self) -> None:
         text = edited("ram_gib = 64", "ram_gib = 62.7").replace("free_mib = 24100\n", "").replace('"GPU-…"', '"GPU-a"')

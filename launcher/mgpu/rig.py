@@ -73,10 +73,14 @@ class Link(Struct, frozen=True, kw_only=True):
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """Something about the machine a person should know: a lost card, a missing driver, a mismatch."""
+    """Something about the machine a person should know: a lost card, a missing driver, a mismatch.
+
+    `usual`: nothing is wrong; said by `rig show`, not at each run.
+    """
 
     text: str
     hint: str = ""
+    usual: bool = False
 
 
 class Measured(Struct, frozen=True, kw_only=True):

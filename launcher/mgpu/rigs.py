@@ -26,7 +26,8 @@ def show(name: str | None, *, as_json: bool) -> None:
     from mgpu.report.screen import console
     from mgpu.report.tables import rig_screen
 
-    console().print(rig_screen(rig))
+    out = console()
+    out.print(rig_screen(rig, out.width))
 
 
 def save(name: str, *, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mgpu.errors import ProfileError
+from mgpu.request import RUNTIME_NAMES, RuntimeName
 from mgpu.rig import LinkKind, Vendor
 
 _Text = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*\Z")]  # not blank, one line
@@ -23,6 +24,11 @@ _Mib = Annotated[int, Meta(ge=1, le=1 << 22)]  # 4 TiB: more is bytes written as
 _MibOrNone = Annotated[int, Meta(ge=0, le=1 << 22)]
 _Gbs = Annotated[float, Meta(ge=0.001, le=100_000)]
 _Watts = Annotated[int, Meta(ge=1, le=1_000_000)]
+_Count = Annotated[int, Meta(ge=0, le=1 << 31)]
+_Speed = Annotated[float, Meta(ge=1e-6, le=1e9)]
+
+
+LinkPath = Literal["PIX", "PXB", "PHB", "NODE", "SYS"]
 
 
 class HostTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +55,9 @@ class GpuTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     compute_capability: Annotated[str, Meta(pattern=r"^([1-9]\d?\.\d|gfx[0-9a-f]{3,5})\Z")] | None = None
     power_watts: _Watts | None = None
     unified: bool | None = None
+    integrated: bool | None = None
     display: bool | None = None
+    numa_node: Annotated[int, Meta(ge=0, le=1 << 10)] | None = None
     device: _Word | None = None
     max_tensor_mib: _Mib | None = None
 
@@ -60,6 +68,29 @@ class LinkTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     gpus: tuple[int, int]
     kind: LinkKind
     n_links: Annotated[int, Meta(ge=1, le=36)] | None = None  # NVML_NVLINK_MAX_LINKS
+    path: LinkPath | None = None
+
+
+class MeasuredTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[[measured]]`, written by `mgpu bench`. `gpus` are positions in the file, from 0; none: the CPU alone."""
+
+    model: _Text
+    architecture: _Text
+    quantization: _Text
+    weights_bytes: Annotated[int, Meta(ge=1, le=1 << 50)]
+    runtime: RuntimeName
+    version: _Text
+    mode: Literal["pipeline", "tensor"]
+    gpus: tuple[int, ...] = ()
+    counts: tuple[_Count, ...] = ()
+    host_layers: _Count | None = None
+    host_experts: _Count | None = None
+    kv_type: _Word
+    depth: _Count
+    tok_s: _Speed
+    prompt_tok_s: _Speed | None = None
+    predicted: _Speed | None = None
+    date: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?)?\Z")]
 
 
 class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,13 +101,20 @@ class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: HostTable
     gpu: tuple[GpuTable, ...] = ()
     link: tuple[LinkTable, ...] = ()
+    measured: tuple[MeasuredTable, ...] = ()
 
 
 class _Version(Struct):
     schema: Literal[1]
 
 
-TABLES: Final[Mapping[str, type[Struct]]] = {"": Document, "host": HostTable, "gpu": GpuTable, "link": LinkTable}
+TABLES: Final[Mapping[str, type[Struct]]] = {
+    "": Document,
+    "host": HostTable,
+    "gpu": GpuTable,
+    "link": LinkTable,
+    "measured": MeasuredTable,
+}
 
 #: What each key takes, in the words of an error.
 FORMS: Final[Mapping[str, str]] = {
@@ -100,13 +138,34 @@ FORMS: Final[Mapping[str, str]] = {
     "gpu.compute_capability": 'write it like compute_capability = "8.6" or "gfx1100", in quotes',
     "gpu.power_watts": "write it like power_watts = 350",
     "gpu.unified": "write unified = true for a GPU that shares the host's RAM",
+    "gpu.integrated": "write integrated = true for a GPU that is part of the processor",
     "gpu.display": "write display = true for a card that drives a screen",
+    "gpu.numa_node": "write it like numa_node = 0, the processor (socket) its slot belongs to",
     "gpu.device": 'write it as the runtime lists it, like device = "Vulkan0"',
     "gpu.max_tensor_mib": "write it like max_tensor_mib = 4096, whole MiB",
     "link": "each link is a table of its own: [[link]], then gpus and kind below it",
     "link.gpus": "write it like gpus = [0, 1]: two different cards, counted from 0, each pair once",
     "link.kind": "it is one of nvlink, pcie-p2p, pcie",
+    "link.path": "it is one of PIX, PXB, PHB, NODE, SYS, as in `nvidia-smi topo -m`",
     "link.n_links": "write it like n_links = 4, the NVLink bridges between the two",
+    "measured": "each measured speed is a table of its own, as `mgpu bench` writes it: [[measured]], its keys below it",
+    "measured.model": 'write it like model = "Llama 3.1 8B Instruct", one line',
+    "measured.architecture": 'write it like architecture = "llama"',
+    "measured.quantization": 'write it like quantization = "Q4_K_M"',
+    "measured.weights_bytes": "write it like weights_bytes = 4920734272, in bytes",
+    "measured.runtime": f"it is one of {', '.join(RUNTIME_NAMES)}",
+    "measured.version": 'write it like version = "b11434"',
+    "measured.mode": "it is one of pipeline, tensor",
+    "measured.gpus": "write it like gpus = [0, 1]: different cards, counted from 0; leave it out for the CPU alone",
+    "measured.counts": "write it like counts = [20, 13]: the layers on each of gpus, the output counted as one",
+    "measured.host_layers": "write it like host_layers = 12, the layers on the CPU",
+    "measured.host_experts": "write it like host_experts = 12, the layers whose experts are on the CPU",
+    "measured.kv_type": 'write it like kv_type = "f16"',
+    "measured.depth": "write it like depth = 576, the tokens in the cache on average",
+    "measured.tok_s": "write it like tok_s = 111.7, tokens per second",
+    "measured.prompt_tok_s": "write it like prompt_tok_s = 4100, tokens per second",
+    "measured.predicted": "write it like predicted = 110.2, tokens per second",
+    "measured.date": 'write it like date = "2026-11-23T17:33:41Z", in quotes',
 }
 
 
@@ -124,6 +183,7 @@ def read_document(text: str, origin: str) -> Document:
         raise _explain(str(error), data, origin) from None
     _check_gpus(document, origin)
     _check_links(document, origin)
+    _check_measured(document, origin)
     return document
 
 
@@ -132,7 +192,8 @@ def write_document(document: Document) -> str:
     import tomli_w
 
     text = tomli_w.dumps(_said(msgspec.to_builtins(document)))
-    return re.sub(r"\[\n\s+(\d+),\n\s+(\d+),\n\]", r"[\1, \2]", text)  # a pair of cards reads better on one line
+    # Numbers of cards and of layers read better on one line.
+    return re.sub(r"\[\n(?: +\d+,\n)+\]", lambda found: f"[{', '.join(re.findall('[0-9]+', found[0]))}]", text)
 
 
 def check_name(name: str) -> str:
@@ -174,6 +235,18 @@ def _check_links(document: Document, origin: str) -> None:
         if pair in pairs:
             raise _wrong(origin, key, list(link.gpus), "said twice")
         pairs.add(pair)
+
+
+def _check_measured(document: Document, origin: str) -> None:
+    n_gpus = len(document.gpu)
+    for index, measured in enumerate(document.measured):
+        key = f"measured[{index}]"
+        if not all(0 <= gpu < n_gpus for gpu in measured.gpus):
+            raise _wrong(origin, f"{key}.gpus", list(measured.gpus), f"{n_gpus} cards are described")
+        if len(set(measured.gpus)) < len(measured.gpus):
+            raise _wrong(origin, f"{key}.gpus", list(measured.gpus), "a card twice")
+        if len(measured.counts) != len(measured.gpus):
+            raise _wrong(origin, f"{key}.counts", list(measured.counts), f"gpus names {len(measured.gpus)}")
 
 
 def _wrong(origin: str, key: str, value: object, why: str = "") -> ProfileError:

@@ -3,6 +3,7 @@
 `gpus.csv`: one row a card, from the vendors' datasheets, cross-checked with a public specification database (2026-11).
 Where a vendor's figure and the database differ, the vendor's stands; "unsure" in a `note` says what has no good source.
 `fp16_tensor_tflops_dense` counts FP32 accumulation; cards without tensor cores give their plain FP16 rate.
+`fp32_tflops` is the datasheets' vector rate at boost clock (units x 2 x clock; RDNA 3 and later count dual issue).
 Rows are in matching order: a pattern may rely on narrower ones above it.
 """
 
@@ -45,6 +46,7 @@ class GpuSpec(Struct, frozen=True, kw_only=True):
     pcie_lanes: int | None
     compute_capability: str | None
     nvlink: bool
+    fp32_tflops: float | None
     fp16_tflops: float | None
     unified: bool
 
@@ -110,6 +112,7 @@ def _spec(row: dict[str, str]) -> GpuSpec:
         pcie_lanes=_whole(row["pcie_lanes"]),
         compute_capability=row["compute_capability"] or None,
         nvlink=row["nvlink"] == "yes",
+        fp32_tflops=_number(row["fp32_tflops"]),
         fp16_tflops=_number(row["fp16_tensor_tflops_dense"]),
         unified=row["note"].startswith("unified"),
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
 
 from mgpu.errors import ProfileError
-from mgpu.rig import Gpu, Link, Rig
+from mgpu.rig import Gpu, Link, Measured, Rig
 from mgpu.units import gib
 from mgpu_profiles.gpus import plain_name
 
@@ -55,8 +55,8 @@ def merge(profile: Rig, machine: Rig) -> Rig:
     """The machine as it is now, used as the profile says. Raises `ProfileError` when they do not match.
 
     Live from the machine: memory, identity, slots, processes. From the profile: its name, reserves, which cards are
-    enabled, bandwidths, links, the power supply. A card that the profile does not name stays in the rig, disabled.
-    Cards keep the machine's numbers.
+    enabled, bandwidths, links, the power supply, and what was measured on cards that are here. A card that the profile
+    does not name stays in the rig, disabled. Cards keep the machine's numbers.
     """
     errors = [difference.text for difference in check(profile, machine) if difference.severity == "error"]
     if errors:
@@ -70,15 +70,21 @@ def merge(profile: Rig, machine: Rig) -> Rig:
         name=profile.name,
         source="profile",
         gpus=tuple(_merged(card, wanted_by_index.get(card.index)) for card in machine.gpus),
-        links=tuple(
-            _renumbered(link, pairs[link.gpus[0]][1].index, pairs[link.gpus[1]][1].index)
-            for link in profile.links
-            if pairs.keys() >= set(link.gpus)
-        ),
+        links=_merged_links(profile, machine, pairs),
         ram_bandwidth_bytes_per_s=profile.ram_bandwidth_bytes_per_s or machine.ram_bandwidth_bytes_per_s,
         cpu_cores=machine.cpu_cores or profile.cpu_cores,
         psu_watts=profile.psu_watts or machine.psu_watts,
+        measured=_on_cards(profile.measured, {wanted: card.index for wanted, (_, card) in pairs.items()}),
     )
+
+
+def as_profiled(profile: Rig, machine: Rig, measured: tuple[Measured, ...]) -> tuple[Measured, ...]:
+    """What was measured on the machine's cards, by the numbers that they have in the profile that matches it.
+
+    Figures of cards that the profile does not name are left out.
+    """
+    pairs = _pairs(profile, machine)
+    return _on_cards(measured, {card.index: wanted for wanted, (_, card) in pairs.items()})
 
 
 _Pairs = dict[int, tuple[Gpu, Gpu]]  # index in the profile -> its card there, and here
@@ -128,7 +134,7 @@ def _cards(profile: Rig, machine: Rig, pairs: _Pairs) -> list[Difference]:
             found.append(Difference(id="missing-card", severity="error" if wanted.enabled else "note", text=text))
     here = {card.index for _, card in pairs.values()}
     for card in machine.gpus:
-        if card.index not in here:
+        if card.index not in here and not card.integrated:
             text = (
                 f"GPU {card.index}, {card.name} ({gib(card.total_bytes)}), is not in the profile and will not be used"
             )
@@ -165,12 +171,34 @@ def _merged(card: Gpu, wanted: Gpu | None) -> Gpu:
     return msgspec.structs.replace(
         card,
         reserve_bytes=wanted.reserve_bytes,
-        enabled=wanted.enabled and card.enabled,
+        enabled=wanted.enabled and (card.enabled or _may_work(card)),
         bandwidth_bytes_per_s=wanted.bandwidth_bytes_per_s or card.bandwidth_bytes_per_s,
         pcie=card.pcie or wanted.pcie,
         power_limit_watts=card.power_limit_watts or wanted.power_limit_watts,
     )
 
 
-def _renumbered(link: Link, a: int, b: int) -> Link:
-    return msgspec.structs.replace(link, gpus=(min(a, b), max(a, b)))
+def _on_cards(measured: tuple[Measured, ...], numbers: Mapping[int, int]) -> tuple[Measured, ...]:
+    """The figures with each card's other number; those of cards that have none are dropped."""
+    return tuple(
+        msgspec.structs.replace(one, gpus=tuple(numbers[gpu] for gpu in one.gpus))
+        for one in measured
+        if numbers.keys() >= set(one.gpus)
+    )
+
+
+def _may_work(card: Gpu) -> bool:
+    """Integrated GPUs rest beside other cards until a profile says otherwise, if the runtime has a name for them."""
+    return card.integrated and card.device is not None
+
+
+def _merged_links(profile: Rig, machine: Rig, pairs: _Pairs) -> tuple[Link, ...]:
+    """The profile's links, by the machine's numbers; for other pairs, their way over PCIe alone."""
+    here = {link.gpus: link for link in machine.links}
+    links = {pair: Link(gpus=pair, kind="pcie", path=link.path) for pair, link in here.items() if link.path}
+    for link in profile.links:
+        if pairs.keys() >= set(link.gpus):
+            a, b = sorted(pairs[index][1].index for index in link.gpus)
+            path = here[a, b].path if (a, b) in here else ""
+            links[a, b] = msgspec.structs.replace(link, gpus=(a, b), path=path or link.path)
+    return tuple(links[pair] for pair in sorted(links))

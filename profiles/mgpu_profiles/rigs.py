@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Final, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final, TypeVar, get_args
 
+import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
-from mgpu.rig import Gpu, Link, Pcie, Rig, Vendor
+from mgpu.errors import ProfileError
+from mgpu.rig import Gpu, Link, Measured, Pcie, Rig, Vendor
 from mgpu.units import GIB, MIB
-from mgpu_profiles.document import Document, GpuTable, HostTable, LinkTable, read_document, write_document
+from mgpu_profiles.document import (
+    Document,
+    GpuTable,
+    HostTable,
+    LinkPath,
+    LinkTable,
+    MeasuredTable,
+    read_document,
+    write_document,
+)
 from mgpu_profiles.gpus import find_spec
 
 #: What the driver keeps of an idle card: CUDA offers 24077 of an RTX 4090's 24564 MiB, 2 % less. It does not
@@ -57,6 +70,7 @@ def parse_rig(text: str, origin: str) -> Rig:
         ram_bandwidth_bytes_per_s=_bytes_per_s(host.ram_bandwidth_gbs),
         cpu_cores=host.cores,
         psu_watts=host.psu_watts,
+        measured=tuple(_measured(table) for table in document.measured),
     )
 
 
@@ -77,13 +91,34 @@ def format_rig(rig: Rig) -> str:
         ),
         gpu=tuple(_gpu_table(gpu) for gpu in rig.gpus),
         link=tuple(
-            LinkTable(gpus=(positions[a], positions[b]), kind=link.kind, n_links=link.n_links or None)
+            _link_table(link, positions[a], positions[b])
             for link in rig.links
             for a, b in [link.gpus]
             if a in positions and b in positions  # a link to a card that could not be read says nothing
         ),
+        measured=tuple(
+            _measured_table(measured, tuple(positions[gpu] for gpu in measured.gpus))
+            for measured in rig.measured
+            if positions.keys() >= set(measured.gpus)
+        ),
     )
     return write_document(document)
+
+
+def with_measured(text: str, measured: tuple[Measured, ...], origin: str) -> str:
+    """A profile's text with these measured figures in place of its own; all else, comments too, stays as written.
+
+    Raises `ProfileError` for a text that is no profile.
+    """
+    wanted = replace(parse_rig(text, origin), measured=measured)
+    made = format_rig(wanted)
+    tables = made[_first_table(made) :]
+    edited = "".join(_without_tables(text)).rstrip() + "\n" + (f"\n{tables}" if tables else "")
+    try:
+        same = parse_rig(edited, origin) == wanted
+    except ProfileError:  # somebody wrote `measured = [{…}]`, or the like
+        same = False
+    return edited if same else made
 
 
 def idle_free_bytes(total_bytes: int) -> int:
@@ -135,6 +170,8 @@ def _gpu(index: int, table: GpuTable) -> Gpu:
         enabled=table.enabled,
         display=_or(table.display, default=False),
         unified=_or(table.unified, known.unified),
+        integrated=_or(table.integrated, default=False),
+        numa_node=table.numa_node,
         device=table.device,
         power_limit_watts=_or(table.power_watts, known.power_watts),
         max_tensor_bytes=_bytes(table.max_tensor_mib),
@@ -156,7 +193,9 @@ def _gpu_table(gpu: Gpu) -> GpuTable:
         compute_capability=gpu.compute_capability,
         power_watts=gpu.power_limit_watts,
         unified=None if gpu.unified == known.unified else gpu.unified,
+        integrated=gpu.integrated or None,
         display=gpu.display or None,
+        numa_node=gpu.numa_node,
         device=gpu.device,
         max_tensor_mib=None if gpu.max_tensor_bytes is None else gpu.max_tensor_bytes // MIB,
     )
@@ -169,7 +208,46 @@ def _pcie(text: str) -> Pcie:
 
 def _link(table: LinkTable) -> Link:
     a, b = sorted(table.gpus)
-    return Link(gpus=(a, b), kind=table.kind, n_links=table.n_links or 0)
+    return Link(gpus=(a, b), kind=table.kind, n_links=table.n_links or 0, path=table.path or "")
+
+
+def _link_table(link: Link, a: int, b: int) -> LinkTable:
+    path: LinkPath | None = next((path for path in get_args(LinkPath) if path == link.path), None)
+    return LinkTable(gpus=(a, b), kind=link.kind, n_links=link.n_links or None, path=path)
+
+
+def _measured(table: MeasuredTable) -> Measured:
+    fields: dict[str, Any] = msgspec.structs.asdict(table)
+    return Measured(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _measured_table(measured: Measured, positions: tuple[int, ...]) -> MeasuredTable:
+    fields: dict[str, Any] = msgspec.structs.asdict(measured)
+    fields |= {
+        "gpus": positions,
+        "host_layers": measured.host_layers or None,
+        "host_experts": measured.host_experts or None,
+    }
+    return MeasuredTable(**fields)
+
+
+_MEASURED_HEADER: Final = re.compile(r"[ \t]*\[\[[ \t]*measured[ \t]*\]\]", re.MULTILINE)
+
+
+def _first_table(made: str) -> int:
+    """Where the measured figures begin in a text of ours: they come last."""
+    header = _MEASURED_HEADER.search(made)
+    return len(made) if header is None else header.start()
+
+
+def _without_tables(text: str) -> Iterator[str]:
+    """The lines of a profile that are not its measured figures. Comments among those stay."""
+    inside = False
+    for line in text.splitlines(keepends=True):
+        if line.lstrip().startswith("["):
+            inside = _MEASURED_HEADER.match(line) is not None
+        if not inside or line.lstrip().startswith("#"):
+            yield line
 
 
 def _or(value: T | None, default: T) -> T:

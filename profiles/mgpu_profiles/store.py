@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from mgpu.errors import ProfileError
-from mgpu.rig import Rig
+from mgpu.rig import Measured, Rig
 
 BUNDLED: Final = Path(__file__).with_name("rigs")
 
@@ -73,8 +73,29 @@ class Store(Struct, frozen=True):
             hint = f"choose another name, or replace it: `mgpu rig save {name} --force`"
             raise ProfileError(f"there is a profile {name!r} already: {path}", hint=hint)
         _write(path, text)
-        shadowed = f"{name!r} is a bundled profile too: from now on the name means yours, {path}"
-        return Saved(path=path, warnings=(shadowed,) if _is_bundled(name) else ())
+        return Saved(path=path, warnings=(_shadowed(name, path),) if _is_bundled(name) else ())
+
+    def record(self, name_or_path: str, measured: tuple[Measured, ...]) -> Saved:
+        """Writes these as the measured figures of a profile, by its own numbers of cards; the rest stays as it is.
+
+        A bundled profile becomes the user's. Raises `ProfileError`, and then nothing has changed.
+        """
+        from mgpu_profiles.rigs import with_measured
+
+        if _is_path(name_or_path):
+            found = ProfileName(name=name_or_path, origin="user", path=Path(name_or_path))
+        else:
+            found = self._find(name_or_path)
+        try:
+            text = with_measured(_read(found.path), measured, str(found.path))
+        except FileNotFoundError:
+            raise _missing(found.path) from None
+        if found.origin == "user":
+            _write(found.path, text)
+            return Saved(path=found.path)
+        path = self._path(found.name)
+        _write(path, text)
+        return Saved(path=path, warnings=(_shadowed(found.name, path),))
 
     def remove(self, name: str) -> tuple[str, ...]:
         """Removes the user's profile, and a default that named it. Returns warnings. Raises `ProfileError`."""
@@ -173,7 +194,15 @@ def _load(path: Path) -> Rig:
     try:
         return _parse(path)
     except FileNotFoundError:
-        raise ProfileError(f"no such profile file: {str(path)!r}", hint=f"a name alone also does: {_LIST}") from None
+        raise _missing(path) from None
+
+
+def _missing(path: Path) -> ProfileError:
+    return ProfileError(f"no such profile file: {str(path)!r}", hint=f"a name alone also does: {_LIST}")
+
+
+def _shadowed(name: str, path: Path) -> str:
+    return f"{name!r} is a bundled profile too: from now on the name means yours, {path}"
 
 
 def _parse(path: Path) -> Rig:

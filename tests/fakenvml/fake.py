@@ -213,6 +213,10 @@ def _p2p_status(fake: FakeLibrary, a: Any, b: Any, index: int, out: Any) -> None
         out._obj.value = link.get("p2p", _P2P_STATUS_NOT_SUPPORTED)
 
 
+def _common_ancestor(fake: FakeLibrary, a: Any, b: Any, out: Any) -> None:
+    out._obj.value = _value(fake.link(a, b), "level")
+
+
 def _nvlink_state(fake: FakeLibrary, handle: Any, link: int, out: Any) -> None:
     if link < int(fake.table(handle).get("idle_links", 0)):
         out._obj.value = 0
@@ -271,12 +275,14 @@ FUNCTIONS: Final[dict[str, Callable[..., None]]] = {
     "nvmlDeviceGetCurrPcieLinkWidth": _number("pcie_width"),
     "nvmlDeviceGetMaxPcieLinkGeneration": _number("pcie_gen_max"),
     "nvmlDeviceGetMaxPcieLinkWidth": _number("pcie_width_max"),
+    "nvmlDeviceGetGpuMaxPcieLinkGeneration": _number("pcie_gen_card"),
     "nvmlDeviceGetEnforcedPowerLimit": _number("power_limit_mw"),
     "nvmlDeviceGetMemoryBusWidth": _number("mem_bus_width"),
     "nvmlDeviceGetMaxClockInfo": _clock,
     "nvmlDeviceGetDisplayActive": _number("display_active"),
     "nvmlDeviceGetCudaComputeCapability": _capability,
     "nvmlDeviceGetP2PStatus": _p2p_status,
+    "nvmlDeviceGetTopologyCommonAncestor": _common_ancestor,
     "nvmlDeviceGetNvLinkState": _nvlink_state,
     "nvmlDeviceGetNvLinkRemoteDeviceType": _nvlink_type,
     "nvmlDeviceGetNvLinkRemotePciInfo_v2": _nvlink_pci,

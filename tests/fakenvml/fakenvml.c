@@ -182,6 +182,7 @@ NUMBER(nvmlDeviceGetCurrPcieLinkGeneration, "pcie_gen")
 NUMBER(nvmlDeviceGetCurrPcieLinkWidth, "pcie_width")
 NUMBER(nvmlDeviceGetMaxPcieLinkGeneration, "pcie_gen_max")
 NUMBER(nvmlDeviceGetMaxPcieLinkWidth, "pcie_width_max")
+NUMBER(nvmlDeviceGetGpuMaxPcieLinkGeneration, "pcie_gen_card")
 NUMBER(nvmlDeviceGetEnforcedPowerLimit, "power_limit_mw")
 NUMBER(nvmlDeviceGetMemoryBusWidth, "mem_bus_width")
 NUMBER(nvmlDeviceGetDisplayActive, "display_active")
@@ -296,6 +297,13 @@ EXPORT int nvmlDeviceGetP2PStatus(Device a, Device b, int index, int *out) {
     int linked = number_or(link, "nvlinks", 0) ? SUCCESS : P2P_NOT_SUPPORTED;
     *out = index == 2 ? (int)number_or(link, "p2p_nvlink", (u64)linked) : (int)number_or(link, "p2p", P2P_NOT_SUPPORTED);
     return SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetTopologyCommonAncestor(Device a, Device b, unsigned *out) {
+    CHECK();
+    Table *link = next('l', NULL);
+    while (link && other_end(link, a->number) != b->number) link = next('l', link);
+    return small_number(link, "level", out);
 }
 
 /* --- MIG ------------------------------------------------------------------------------------------------------- */

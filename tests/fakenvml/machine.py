@@ -3,11 +3,12 @@
     system  driver_version, cuda_driver_version; init_error: what nvmlInit answers
     fail    C function -> the NVML return code it answers, for every card
     gpu     one per card: name, uuid, pci_bus_id, mem_total, mem_reserved, mem_used, pcie_gen, pcie_width, pcie_gen_max,
-            pcie_width_max, compute_capability (86), power_limit_mw, mem_bus_width, mem_clock_max_mhz, display_active,
-            handle_error, switch_links (NVLinks to a switch), idle_links (the first NVLinks, with nothing at their end),
-            mig_mode, mig_max, proc_pid, proc_mem
+            pcie_width_max, pcie_gen_card (in the best of slots), compute_capability (86), power_limit_mw,
+            mem_bus_width, mem_clock_max_mhz, display_active, handle_error, switch_links (NVLinks to a switch),
+            idle_links (the first NVLinks, with nothing at their end), mig_mode, mig_max, proc_pid, proc_mem
     mig     one per instance: gpu, slot, and keys as of a gpu
-    link    one per pair: a, b, nvlinks, and p2p, p2p_nvlink (what nvmlDeviceGetP2PStatus says for READ and for NVLINK)
+    link    one per pair: a, b, nvlinks, level (nvmlGpuTopologyLevel_t: 30 is PHB), and p2p, p2p_nvlink (what
+            nvmlDeviceGetP2PStatus says for READ and for NVLINK)
 
 A key that is absent is NotSupported; a value "!15" is the return code 15.
 """

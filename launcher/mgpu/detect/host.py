@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from mgpu.detect.dmi import ram_bandwidth
 from mgpu.units import KIB
 
 _ROOT: Final = Path("/")
@@ -27,6 +28,7 @@ class Host(Struct, frozen=True, kw_only=True):
     memory: Memory
     cpu_cores: int | None
     cpu_name: str
+    ram_bandwidth_bytes_per_s: int | None = None
 
 
 def read_host(root: Path = _ROOT) -> Host:
@@ -37,7 +39,12 @@ def read_host(root: Path = _ROOT) -> Host:
             total_bytes=min(memory.total_bytes, limit.total_bytes),
             available_bytes=min(memory.available_bytes, limit.available_bytes),
         )
-    return Host(memory=memory, cpu_cores=_physical_cores(root), cpu_name=_cpu_name(root))
+    return Host(
+        memory=memory,
+        cpu_cores=_physical_cores(root),
+        cpu_name=_cpu_name(root),
+        ram_bandwidth_bytes_per_s=ram_bandwidth(root),
+    )
 
 
 def read_memory(root: Path = _ROOT) -> Memory:
@@ -48,6 +55,16 @@ def read_memory(root: Path = _ROOT) -> Memory:
     # MemAvailable is as old as Linux 3.14; what came before it is a lower bound.
     available = fields.get("MemAvailable", fields.get("MemFree", 0))
     return Memory(total_bytes=fields["MemTotal"] * KIB, available_bytes=available * KIB)
+
+
+def read_unified(root: Path = _ROOT) -> Memory:
+    """What a GPU without memory of its own may use. Where huge pages are set aside, CUDA takes those alone
+    (llama.cpp b11434 ggml-cuda.cu, after NVIDIA's guide for such chips)."""
+    memory, fields = read_memory(root), _fields(root / "proc/meminfo")
+    if not fields.get("HugePages_Total"):
+        return memory
+    available = fields.get("HugePages_Free", 0) * fields.get("Hugepagesize", 0) * KIB
+    return Memory(total_bytes=memory.total_bytes, available_bytes=min(available, memory.total_bytes))
 
 
 def process_name(pid: int, root: Path = _ROOT) -> str | None:
@@ -77,7 +94,7 @@ def _cgroup_limits(root: Path) -> Iterator[Memory]:
     A limit of "max" (version 2) or of almost 2**63 (version 1) is none, and so is any above the machine's memory.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers:
             yield from _limits(root, ("sys/fs/cgroup", "sys/fs/cgroup/unified"), path, "memory.max", "memory.current")
         elif "memory" in controllers.split(","):

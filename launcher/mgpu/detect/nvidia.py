@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from mgpu.detect.host import process_name, read_memory
+from mgpu.detect.host import process_name, read_unified
 from mgpu.detect.nvml import (
     CLOCK_MEM,
     DRIVER_NOT_LOADED,
@@ -30,11 +31,15 @@ from mgpu.detect.nvml import (
     Nvml,
     decode,
 )
+from mgpu.detect.sysfs import ROOT, numa_node, plain_address, read_number, slot_finding
 from mgpu.rig import Finding, Gpu, Link, Pcie
 from mgpu.units import gib
 from mgpu_profiles.gpus import GpuSpec, find_spec
 
 State = Literal["ok", "no-gpu", "no-driver", "mismatch", "error"]
+
+#: `nvmlGpuTopologyLevel_t` in the words of `nvidia-smi topo`; two chips on one board (0) share its switch.
+_PATHS: Final = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
 _Address = tuple[int, int, int]  # PCI domain, bus, device
 
@@ -50,6 +55,7 @@ class NvidiaProbe(Struct, frozen=True, kw_only=True):
     links: tuple[Link, ...] = ()
     findings: tuple[Finding, ...] = ()
     driver: str = ""
+    count: int = 0  # numbers in use: cards that could not be read have theirs, too
 
 
 class _Card(Struct, frozen=True, kw_only=True):
@@ -59,10 +65,11 @@ class _Card(Struct, frozen=True, kw_only=True):
     handle: Any
     address: _Address | None
     peers: dict[_Address | None, int]
+    finding: Finding | None
 
 
-def probe_nvidia() -> NvidiaProbe:
-    """Asks the driver once. Never raises for driver trouble: `state` and `findings` tell."""
+def probe_nvidia(root: Path = ROOT) -> NvidiaProbe:
+    """Asks the driver once. Never raises for driver trouble: `state` and `findings` tell. `root`: where /sys is."""
     try:
         with warnings.catch_warnings(action="ignore"):  # PyPI's `pynvml` warns whoever imports the module of that name
             import pynvml
@@ -72,12 +79,12 @@ def probe_nvidia() -> NvidiaProbe:
     findings = () if hasattr(pynvml, "nvmlMemory_v2") else _old_binding()
     try:
         with Nvml(pynvml) as nvml:
-            return _survey(nvml, findings)
+            return _survey(nvml, findings, root)
     except NoAnswerError as error:
         return NvidiaProbe(state=_state(error.code), findings=(*findings, error.finding("NVIDIA")))
 
 
-def _survey(nvml: Nvml, findings: tuple[Finding, ...]) -> NvidiaProbe:
+def _survey(nvml: Nvml, findings: tuple[Finding, ...], root: Path) -> NvidiaProbe:
     """Every card that can be read. Raises `NoAnswerError` only if the driver does not say how many there are."""
     count = nvml.call("DeviceGetCount")
     cards: list[_Card] = []
@@ -85,13 +92,14 @@ def _survey(nvml: Nvml, findings: tuple[Finding, ...]) -> NvidiaProbe:
     found = list(findings)
     for index in range(count):
         try:
-            card = _read_card(nvml, index)
+            card = _read_card(nvml, index, root)
         except NoAnswerError as error:
             found.append(error.finding(f"GPU {index}"))
             continue
         handles = _mig_handles(nvml, card.handle)
         if handles is None:
             cards.append(card)
+            found += [card.finding] if card.finding else []
             continue
         found.append(_mig_finding(index, len(handles)))
         for handle in handles:
@@ -102,7 +110,14 @@ def _survey(nvml: Nvml, findings: tuple[Finding, ...]) -> NvidiaProbe:
     gpus = (*(card.gpu for card in cards), *instances)
     state: State = "ok" if gpus else "error" if count else "no-gpu"
     links = tuple(_links(nvml, cards))
-    return NvidiaProbe(state=state, gpus=gpus, links=links, findings=tuple(found), driver=_driver(nvml))
+    return NvidiaProbe(
+        state=state,
+        gpus=gpus,
+        links=links,
+        findings=tuple(found),
+        driver=_driver(nvml),
+        count=count + len(instances),
+    )
 
 
 def _driver(nvml: Nvml) -> str:
@@ -112,13 +127,15 @@ def _driver(nvml: Nvml) -> str:
     return f"{name}, CUDA {cuda // 1000}.{cuda % 1000 // 10}" if cuda else name
 
 
-def _read_card(nvml: Nvml, index: int) -> _Card:
+def _read_card(nvml: Nvml, index: int, root: Path) -> _Card:
     """Raises `NoAnswerError` when the card cannot be opened or its memory told: there is no planning without it."""
     handle = nvml.call("DeviceGetHandleByIndex", index)
-    total, free, unified = _memory(nvml, handle)
+    total, free, unified = _memory(nvml, handle, root)
     name = nvml.ask("DeviceGetName", handle) or "NVIDIA GPU"
     pci = nvml.ask("DeviceGetPciInfo", handle)
     power = nvml.ask("DeviceGetEnforcedPowerLimit", handle) or nvml.ask("DeviceGetPowerManagementLimit", handle)
+    bus_id = decode(pci.busId) if pci else None
+    device = root / "sys/bus/pci/devices" / (plain_address(bus_id or "") or "none")
     spec = find_spec(name, total)
     gpu = Gpu(
         index=index,
@@ -132,14 +149,16 @@ def _read_card(nvml: Nvml, index: int) -> _Card:
         compute_capability=_compute_capability(nvml, handle, spec),
         display=nvml.ask("DeviceGetDisplayActive", handle) == 1,
         unified=unified,
-        pci_bus_id=decode(pci.busId) if pci else None,
+        numa_node=numa_node(device),
+        pci_bus_id=bus_id,
         power_limit_watts=power // 1000 if power else None,
         processes=tuple(_processes(nvml, handle)),
     )
-    return _Card(gpu=gpu, handle=handle, address=_address(pci), peers=_nvlink_peers(nvml, handle))
+    finding = slot_finding(index, name, gpu.pcie, _own_link(nvml, handle, device))
+    return _Card(gpu=gpu, handle=handle, address=_address(pci), peers=_nvlink_peers(nvml, handle), finding=finding)
 
 
-def _memory(nvml: Nvml, handle: Any) -> tuple[int, int, bool]:
+def _memory(nvml: Nvml, handle: Any, root: Path) -> tuple[int, int, bool]:
     """(total, free, unified). Chips without memory of their own (GB10, Jetson) answer NotSupported, or 0 bytes.
 
     Theirs is the host's, and page cache gives way to it.
@@ -152,7 +171,7 @@ def _memory(nvml: Nvml, handle: Any) -> tuple[int, int, bool]:
         total = 0
     if total:
         return total, free, False
-    memory = read_memory()
+    memory = read_unified(root)
     return memory.total_bytes, memory.available_bytes, True
 
 
@@ -178,6 +197,13 @@ def _pcie(nvml: Nvml, handle: Any) -> Pcie | None:
     """The generation drops at idle, so it is what card and system can do; lanes do not: a x4 riser shows."""
     gen = nvml.ask("DeviceGetMaxPcieLinkGeneration", handle) or nvml.ask("DeviceGetCurrPcieLinkGeneration", handle)
     width = nvml.ask("DeviceGetCurrPcieLinkWidth", handle) or nvml.ask("DeviceGetMaxPcieLinkWidth", handle)
+    return Pcie(gen=gen, width=width) if gen and width else None
+
+
+def _own_link(nvml: Nvml, handle: Any, device: Path) -> Pcie | None:
+    """What the card could do in the best of slots: NVML's other figures are for the card in this one."""
+    gen = nvml.ask("DeviceGetGpuMaxPcieLinkGeneration", handle) or nvml.ask("DeviceGetMaxPcieLinkGeneration", handle)
+    width = read_number(device / "max_link_width") or nvml.ask("DeviceGetMaxPcieLinkWidth", handle)
     return Pcie(gen=gen, width=width) if gen and width else None
 
 
@@ -229,6 +255,7 @@ def _read_instance(nvml: Nvml, handle: Any, index: int, card: Gpu) -> Gpu:
         bandwidth_bytes_per_s=whole * total // card.total_bytes if whole else None,
         pcie=card.pcie,
         compute_capability=card.compute_capability,
+        numa_node=card.numa_node,
         pci_bus_id=card.pci_bus_id,
         processes=tuple(_processes(nvml, handle)),
     )
@@ -269,13 +296,16 @@ def _links(nvml: Nvml, cards: list[_Card]) -> Iterator[Link]:
         for b in cards[position + 1 :]:
             pair = (a.gpu.index, b.gpu.index)
             n_links = a.peers.get(b.address, 0) if b.address else 0
+            path = _PATHS.get(nvml.ask("DeviceGetTopologyCommonAncestor", a.handle, b.handle), "")
             n_links = n_links or min(a.peers.get(None, 0), b.peers.get(None, 0))
             status = nvml.ask("DeviceGetP2PStatus", a.handle, b.handle, P2P_CAPS_INDEX_NVLINK)
             # A bridge counts only if the driver lets the cards use it; where it does not say, the bridge itself counts.
             if status == P2P_STATUS_OK or (status is None and n_links):
-                yield Link(gpus=pair, kind="nvlink", n_links=n_links)
+                yield Link(gpus=pair, kind="nvlink", n_links=n_links, path=path)
             elif nvml.ask("DeviceGetP2PStatus", a.handle, b.handle, P2P_CAPS_INDEX_READ) == P2P_STATUS_OK:
-                yield Link(gpus=pair, kind="pcie-p2p")
+                yield Link(gpus=pair, kind="pcie-p2p", path=path)
+            elif path:
+                yield Link(gpus=pair, kind="pcie", path=path)
 
 
 def _address(pci: Any) -> _Address | None:

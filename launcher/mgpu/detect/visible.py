@@ -1,9 +1,13 @@
-"""`CUDA_VISIBLE_DEVICES` of the caller: which of the machine's NVIDIA cards a program started from here may use.
+"""`CUDA_VISIBLE_DEVICES`, `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` of the caller: which of the machine's cards
+a program started from here may use.
 
-Semantics of the CUDA C++ Programming Guide, "CUDA Environment Variables".
+Semantics of the CUDA C++ Programming Guide, "CUDA Environment Variables", and of ROCm's "GPU isolation techniques".
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
 
 from mgpu.rig import Finding, Gpu
 
@@ -32,12 +36,38 @@ def apply_cuda_visible(
     return visible, tuple(_findings(value, ended_by, gpus, visible, device_order))
 
 
+def apply_rocm_visible(
+    environ: Mapping[str, str], gpus: tuple[Gpu, ...]
+) -> tuple[tuple[Gpu, ...], tuple[Finding, ...]]:
+    """The AMD GPUs that the caller's variables leave, in the rig's order. HIP's numbers count what ROCR's has left, in
+    its order. HIP takes an empty value for none; ROCR takes it for no GPU at all."""
+    left, settings = gpus, []
+    if (value := environ.get("ROCR_VISIBLE_DEVICES")) is not None:
+        left = _listed(value, left)
+        settings.append(f"ROCR_VISIBLE_DEVICES={value}")
+    if value := environ.get("HIP_VISIBLE_DEVICES"):
+        left = _listed(value, left)
+        settings.append(f"HIP_VISIBLE_DEVICES={value}")
+    if len(left) == len(gpus):
+        return gpus, ()
+    names = ", ".join(f"GPU {gpu.index}" for gpu in sorted(left, key=lambda gpu: gpu.index)) or "none"
+    text = f"{' '.join(settings)} leaves {len(left)} of {len(gpus)} AMD GPUs: {names}"
+    hint = f"unset {' and '.join(setting.partition('=')[0] for setting in settings)} to use them all"
+    return tuple(gpu for gpu in gpus if gpu in left), (Finding(text=text, hint=hint),)
+
+
+def _listed(value: str, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The cards a list names, in its order, up to the first entry that names none."""
+    found = (_find(entry.strip(), gpus) for entry in value.split(","))
+    return tuple(dict.fromkeys(gpu for gpu in itertools.takewhile(lambda gpu: gpu is not None, found) if gpu))
+
+
 def _find(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
     if entry.isdecimal():
         return gpus[int(entry)] if int(entry) < len(gpus) else None
     if not entry.startswith(("GPU-", "MIG-")):
         return None
-    matches = [gpu for gpu in gpus if (gpu.uuid or "").startswith(entry)]
+    matches = [gpu for gpu in gpus if (gpu.uuid or "").lower().startswith(entry.lower())]
     return matches[0] if len(matches) == 1 else None
 
 
