@@ -58,6 +58,37 @@ def main() -> None:
             f"{label:38} {model.hyper.n_layer + 1:6} {seconds * 1e3:7.2f} ms {decided * 1e3:7.2f} ms"
             f" {decided / seconds:7.2f}   {decide(model, rig).layout.counts}"
         )
+    mixed(rounds)
+
+
+def mixed(rounds: int) -> None:
+    """Eight cards of eight sizes and speeds: how long the choice among all their sets takes, by how many are needed."""
+    print(f"\n{'eight unequal cards':38} {'holding':>10} {'deciding':>10}   placement")
+    for name, n_vocab, header in headers():
+        if n_vocab:
+            continue
+        model = read(header)
+        for share in (3.0, 1.5, 1.15, 0.7):
+            rig = mixed_rig(model, share)
+            seconds = best_of(rounds, lambda model=model, rig=rig: decide(model, rig))  # type: ignore[misc]  # as above
+            plan = decide(model, rig)
+            print(f"{name:38} {share:9.2f}x {seconds * 1e3:7.2f} ms   {plan.placement} on {len(plan.devices)}")
+
+
+def mixed_rig(model: Model, share: float) -> Rig:
+    """Eight cards that together hold `share` times the weights, and 3/2 GiB each for the rest."""
+    parts = (32, 24, 24, 16, 16, 12, 12, 8)
+    speeds = (1792, 1008, 936, 717, 448, 504, 360, 448)
+    gpus: list[Gpu] = []
+    for index, (part, speed) in enumerate(zip(parts, speeds, strict=True)):
+        size = int(model.weights_bytes * share * (part + index / 8) / sum(parts)) + 3 * GIB // 2
+        gpus.append(
+            Gpu(
+                index=index, name=f"card {index}", vendor="nvidia", total_bytes=size, free_bytes=size,
+                bandwidth_bytes_per_s=speed * GB,
+            )
+        )  # fmt: skip
+    return Rig(name="mixed", source="profile", gpus=tuple(gpus), ram_bytes=1024 * GIB, ram_free_bytes=1000 * GIB)
 
 
 def headers() -> Iterator[tuple[str, int, bytes]]:

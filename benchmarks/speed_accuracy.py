@@ -1,85 +1,107 @@
-"""How far predicted speeds are from what people measured: the error over public rows, by class of card.
+"""How far predicted speeds are from what people measured: errors by class of card, splits, and the guide's figures.
 
-    python benchmarks/speed_accuracy.py
+    python benchmarks/speed_accuracy.py [--rows] [--loco] [--write docs/speed.md]
 
-Rows and their source: benchmarks/data. Cards by name from the bundled table; the model from its header.
+Rows and their sources: benchmarks/data. Cards by name from the bundled table; models from headers or published shapes.
+`--rows` prints every row; `--loco` fits the constants without each card in turn, and counts that card's rows.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
+import contextlib
+import io
 import re
 import statistics
 import sys
-import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from headers import write_model
-from mgpu.adapter import Job
-from mgpu.decide.place import by_room
+from benchmarks.fit_speed import refitted_without
+from benchmarks.public_rows import Row, read_rows
+from benchmarks.speed_pairs import print_pairs
+
 from mgpu.decide.speed import forecast
-from mgpu.inspect.source import read_model
-from mgpu.model import Model
-from mgpu.request import Request
-from mgpu.rig import Gpu, Rig
-from mgpu.units import GIB
-from mgpu_adapters.llamacpp.adapter import LlamaCpp
-from mgpu_profiles.gpus import find_spec
 
-ROOT = Path(__file__).parents[1]
-
-#: The same layers, widths and types; the 3.1 and 3.3 models differ from Llama 3 in their training alone.
-MODELS = {"Llama-3-8B": "Llama-3.1-8B-Instruct-Q4_K_M", "Llama-3-70B": "Llama-3.3-70B-Instruct-Q4_K_M"}
-
-#: The driver's names of cards that the source names otherwise.
-NAMES = {"A100 PCIe 80GB": "A100 80GB PCIe", "A100 SXM 80GB": "A100-SXM4-80GB"}
+BEGIN, END = "<!-- speed_accuracy: begin -->", "<!-- speed_accuracy: end -->"
 
 
-def cards(text: str) -> list[Gpu]:
-    """`"2x RTX 3090 24GB"` as two cards with the bandwidth of the table."""
-    match = re.fullmatch(r"(?:(\d+)x )?(.+)", text)
-    assert match is not None
-    name = NAMES.get(match[2], match[2])
-    spec = find_spec(name)
-    if spec is None or spec.bandwidth_bytes_per_s is None:
-        raise SystemExit(f"no card {name!r} in the table")
-    return [
-        Gpu(
-            index=index, name=name, vendor="nvidia", total_bytes=80 * GIB, free_bytes=80 * GIB,
-            bandwidth_bytes_per_s=spec.bandwidth_bytes_per_s,
-        )
-        for index in range(int(match[1] or 1))
-    ]  # fmt: skip
+def error_of(row: Row) -> float | None:
+    """Predicted over measured speed, less one."""
+    speed = forecast(row.job, row.layout, row.gpus, row.rig).tok_s
+    return None if speed is None else speed.expected / row.tok_s - 1
 
 
-def predicted(model: Model, ctx: int, gpus: list[Gpu]) -> float:
-    adapter = LlamaCpp()
-    job: Job = adapter.job(model, Request(ctx=ctx), adapter.assumed())
-    rig = Rig(name="public", source="profile", gpus=tuple(gpus))
-    speed = forecast(job, by_room(job, gpus), gpus, rig).tok_s
-    assert speed is not None
-    return speed.expected
+def print_table(errors: dict[str, list[float]]) -> None:
+    print(f"{'rows of':28} {'n':>4} {'median':>8} {'90 %':>8} {'worst':>8} {'bias':>8}")
+    for name in sorted(errors):
+        print(f"{name:28} {summary(errors[name])}")
+
+
+def summary(errors: Sequence[float]) -> str:
+    sizes = sorted(abs(error) for error in errors)
+    nine_of_ten = sizes[int(0.9 * (len(sizes) - 1))]
+    bias = statistics.median(errors)
+    return f"{len(sizes):4} {statistics.median(sizes):8.1%} {nine_of_ten:8.1%} {sizes[-1]:8.1%} {bias:+8.1%}"
+
+
+def by_kind(rows: Iterable[Row], *, show: bool = False) -> dict[str, list[float]]:
+    errors: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        error = error_of(row)
+        if error is None:
+            continue
+        mode = f"{row.kind}, tensor" if row.mode == "tensor" else row.kind
+        for name in (mode, "all" if row.mode != "tensor" else "all, tensor"):
+            errors[name].append(error)
+        if show:
+            print(
+                f"{error:+7.1%}  {row.cards:34} {row.model:22} {row.quant:10} {row.mode:7} {row.ctx:6} {row.note[:50]}"
+            )
+    return errors
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--loco", action="store_true")
+    parser.add_argument("--write", type=Path, help="put all tables into this file, between its marks")
+    asked = parser.parse_args()
+    if asked.write is None:
+        print_all(show=asked.rows, loco=asked.loco)
+        return
+    tables = io.StringIO()
+    with contextlib.redirect_stdout(tables):
+        print_all(loco=True)
+    before, _, rest = asked.write.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = f"{before}{BEGIN}\n```\n{tables.getvalue().strip()}\n```\n{END}{after}"
+    asked.write.write_text(text, encoding="utf-8")
+
+
+def print_all(*, show: bool = False, loco: bool = False) -> None:
+    rows = list(read_rows())
+    print_table(by_kind(rows, show=show))
+    print_pairs()
+    if loco:
+        print_left_out(rows)
+
+
+def print_left_out(rows: Sequence[Row]) -> None:
+    """Each card's errors with constants that were fitted without any row of it."""
+    names = sorted({re.sub(r"^\dx ", "", row.cards) for row in rows if " + " not in row.cards})
     errors: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as directory:
-        models = {name: read_model(str(write_model(of, Path(directory)))) for name, of in MODELS.items()}
-        with (ROOT / "benchmarks" / "data" / "tok_s_public.csv").open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                gpus = cards(row["gpus"])
-                error = predicted(models[row["model"]], int(row["ctx"]), gpus) / float(row["tok_s_gen"]) - 1
-                kind = "HBM" if "A100" in gpus[0].name or "H100" in gpus[0].name else "GDDR"
-                for name in (f"{kind}, one card" if len(gpus) == 1 else f"{kind}, several cards", "all"):
-                    errors[name].append(error)
-    print(f"{'rows of':22} {'n':>4} {'median':>8} {'90 %':>8} {'worst':>8}   (error of the prediction, without sign)")
-    for name in sorted(errors):
-        sizes = sorted(abs(error) for error in errors[name])
-        nine_of_ten = sizes[int(0.9 * (len(sizes) - 1))]
-        print(f"{name:22} {len(sizes):4} {statistics.median(sizes):8.1%} {nine_of_ten:8.1%} {sizes[-1]:8.1%}")
+    print("\nLeft out while fitting")
+    for name in names:
+        mine = [row for row in rows if name in row.cards and row.mode != "tensor"]
+        with refitted_without(name, rows):
+            errors[name] += [error for row in mine if (error := error_of(row)) is not None]
+    errors = {name: sizes for name, sizes in errors.items() if sizes}
+    errors["all"] = [error for sizes in errors.values() for error in sizes]
+    print_table(errors)
 
 
 if __name__ == "__main__":

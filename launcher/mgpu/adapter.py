@@ -11,12 +11,16 @@ from typing import Final, Protocol
 from msgspec import Struct
 
 from mgpu.model import Format, Model
-from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
+from mgpu.plan import DeviceBytes, HostBytes, Layout, Mode, Shape
 from mgpu.request import Request, RuntimeName
 from mgpu.rig import Gpu, Rig
 
 #: A plan that is off by more than this share of what a device holds is said.
 TOLERANCE: Final = 0.02
+
+#: Tokens in the cache while generating where no context was asked for: half of a conversation of a thousand tokens.
+#: Of a context that was asked for, half is taken to be in use.
+TYPICAL_DEPTH: Final = 512
 
 
 class Search(Struct, frozen=True, kw_only=True):
@@ -112,6 +116,41 @@ class Pinned(Struct, frozen=True, kw_only=True):
     host_layers: int | None = None
     host_experts: int | None = None
     single: bool = False  # one device, whatever the rig has
+    mode: Mode | None = None  # pipeline or tensor, whatever is faster
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """What one token takes, as prefix sums over the units: units i … j-1 read `weights[j] - weights[i]` bytes.
+
+    `unpack`: bytes that slowly unpacked types are worth in addition. `cache`: bytes of cache and state, for `depth`
+    tokens of one user. `heads`: attention heads times the tokens they look back at. `layers`: blocks, in plain
+    transformer blocks' worth of kernels; `recurrent` and `routed`: how many of them recur, and route to experts.
+    `flops`: of the matrices, for one token. `model` and `kv_type`: to find what was measured.
+    """
+
+    runtime: RuntimeName
+    model: Model
+    kv_type: str
+    users: int
+    ctx: int  # per user
+    depth: int
+    weights: tuple[float, ...]  # all but routed experts
+    experts: tuple[float, ...]  # routed experts that work on the token
+    unpack: tuple[float, ...]
+    cache: tuple[float, ...]
+    heads: tuple[float, ...]
+    layers: tuple[float, ...]
+    recurrent: tuple[float, ...]
+    routed: tuple[float, ...]
+    flops: tuple[float, ...]
+    head_dim: int  # attention takes four operations for each of these, head and token
+    build: int | None = None  # the runtime's build number, where it is installed and known
+    host_experts: int = 0  # the first blocks whose experts the host keeps whatever the layout says
+    cache_on_host: bool = False
+
+    @property
+    def n_units(self) -> int:
+        return len(self.weights) - 1
 
 
 class Job(Protocol):
@@ -180,16 +219,17 @@ class Job(Protocol):
         """Bytes on `gpu` when it holds the units of `span` (non-empty, contiguous)."""
         ...
 
+    def stored(self, span: range, shape: Shape, gpu: Gpu) -> int:
+        """Of `device`, weights and cache alone: the larger part, and cheap to ask."""
+        ...
+
     def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
         """Bytes on the host beside those devices."""
         ...
 
-    def traffic(self, span: range, shape: Shape) -> int:
-        """Bytes read from the device's memory to generate one token with half of the context in use."""
-        ...
-
-    def host_traffic(self, shape: Shape) -> int:
-        """Bytes the CPU reads from RAM to generate one token."""
+    @property
+    def work(self) -> Work:
+        """What a token takes, unit by unit: all that a speed depends on beside the cards."""
         ...
 
     def at_ctx(self, ctx: int) -> Job:
