@@ -318,24 +318,25 @@ class TestOverhead:
         assert need.device(span, shape, vulkan).overhead < need.device(span, shape, card).overhead
 
 
-class TestTraffic:
+class TestWork:
     """Bytes read for one token."""
 
     def test_of_experts_only_those_used(self) -> None:
         name = "Qwen3-30B-A3B-Q4_K_M"
         need, model = footprint_of(name), model_of(name)
-        read = need.traffic(range(need.n_units), Shape(n_devices=1))
+        work = need.work(need.settings.n_ctx_seq // 2, None)
         experts = sum(tensor.n_bytes for tensor in model.tensors if tensor.kind == "expert")
         others = sum(t.n_bytes for t in model.tensors if t.kind not in ("expert", "token_embedding"))
-        cache = need.device_kv(range(need.n_units), gpu_of("rpc")) // 2
-        assert read == pytest.approx(others + experts * 8 / 128 + cache, rel=1e-9)
+        assert work.experts[-1] == pytest.approx(experts * 8 / 128, rel=1e-9)
+        assert work.weights[-1] == pytest.approx(others, rel=1e-9)
+        assert work.cache[-1] == need.device_kv(range(need.n_units), gpu_of("rpc")) // 2
 
-    @given(name=names, data=st.data())
+    @given(name=names)
     @settings(max_examples=40, deadline=None)
-    def test_host_and_device_share_it(self, name: str, data: st.DataObject) -> None:
+    def test_grows_from_unit_to_unit(self, name: str) -> None:
         need = footprint_of(name)
-        host_layers = data.draw(st.integers(0, need.n_units - 1))
-        shape = Shape(n_devices=1, host_layers=host_layers)
-        whole = need.traffic(range(need.n_units), Shape(n_devices=1))
-        shared = need.traffic(range(host_layers, need.n_units), shape) + need.host_traffic(shape)
-        assert abs(whole - shared) <= 2
+        work = need.work(512, None)
+        sums = (work.weights, work.experts, work.unpack, work.cache, work.heads, work.layers, work.flops)
+        assert {len(each) for each in sums} == {need.n_units + 1}
+        assert all(each[0] == 0 and list(each) == sorted(each) for each in sums)
+        assert 0 < work.layers[-1] < 6 * (need.n_units - 1)

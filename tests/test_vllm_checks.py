@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -17,13 +18,14 @@ from mgpu.rig import Gpu
 from mgpu_adapters.vllm.checks import (
     capability_of,
     check_cards,
-    check_matched,
     check_model,
     check_pipeline,
     check_tensor_parallel,
     has_pipeline,
     needs_half,
+    why_not_tensor,
 )
+from mgpu_adapters.vllm.job import VllmJob
 from planning import card
 from vllm_models import dense, job_of
 
@@ -73,7 +75,7 @@ def test_what_vllm_does_not_load_is_said(model: Model, said: str) -> None:
         (lambda: job_of(LLAMA, "--max-model-len", "auto"), "auto"),
         (lambda: job_of(LLAMA, kv_type="q8_0"), "'q8_0'"),
         (lambda: job_of(LLAMA, "--kv-cache-dtype", "nvfp4"), "'nvfp4'"),
-        (lambda: job_of(LLAMA, "-tp", "2"), "--tensor-parallel-size 2"),
+        (lambda: job_of(LLAMA, "-tp", "2", "-pp", "2"), "--tensor-parallel-size 2"),
         (lambda: job_of(LLAMA, "-pp", "two"), "'two'"),
         (lambda: job_of(LLAMA, "-pp"), "lacks its value"),
         (lambda: job_of(LLAMA, "--gpu-memory-utilization", "92"), "'92'"),
@@ -180,6 +182,8 @@ def test_llama_cuts_into_powers_of_two(tp: int) -> None:
         (dense(heads=42, kv_heads=7, n_ff=7 * 256, n_vocab=128256), 7, "a vocabulary of 128256"),
         (of_method("awq", group_size=1024), 8, "groups of 1024"),
         (of_method("fp8", weight_block_size=(128, 128)), 32, "groups of 128"),
+        (dense(metadata={"linear_num_key_heads": 16, "linear_num_value_heads": 32}), 32, "16 heads of its recurrent"),
+        (dense(metadata={"mamba_num_heads": 128, "n_groups": 8}), 16, "8 groups of its recurrent"),
     ],
 )
 def test_what_does_not_divide_is_said(model: Model, tp: int, said: str) -> None:
@@ -199,10 +203,43 @@ def test_groups_that_stay_whole_are_fine() -> None:
     check_tensor_parallel(dense(metadata={"kv_lora_rank": 512}, kv_heads=6), 4)  # a latent is not cut by heads
 
 
-def test_tensor_parallelism_wants_matched_cards() -> None:
-    check_matched((sm("8.6"), sm("8.6", 1)))
-    check_matched((sm("8.9", gib=23.99), sm("8.9", 1, gib=23.5)))
-    with pytest.raises(RefusedError, match=r"2 x 12\.0 GiB"):
-        check_matched((sm("8.6"), sm("8.6", 1, gib=12)))
-    with pytest.raises(RefusedError, match=r"8\.6, 8\.9"):
-        check_matched((sm("8.6"), sm("8.9", 1)))
+def test_recurrent_layers_of_one_group_are_cut_by_heads_alone() -> None:
+    check_tensor_parallel(dense(metadata={"mamba_num_heads": 128, "n_groups": 1}), 16)
+
+
+PAIR = (sm("8.6"), sm("8.6", 1))
+
+
+def test_alike_cards_can_be_ranks_whatever_their_memory() -> None:
+    assert job_of(LLAMA).why_not_tensor(PAIR) is None
+    assert job_of(LLAMA).why_not_tensor((sm("8.6"), sm("8.6", 1, gib=12))) is None  # a rule's business, and `--force`'s
+
+
+@pytest.mark.parametrize(
+    ("job", "gpus", "said"),
+    [
+        (job_of(LLAMA), PAIR[:1], "two cards, not 1"),
+        (job_of(LLAMA), (*PAIR, sm("8.6", 2)), "32 attention heads are no multiple of 3"),
+        (job_of(LLAMA), (sm("8.6"), sm("8.9", 1)), r"8\.6, 8\.9"),
+        (job_of(LLAMA), (sm("6.1"), sm("6.1", 1)), r"compute capability 7\.0"),
+        (job_of(LLAMA, "-tp", "4"), PAIR, "--tensor-parallel-size 4 after `--`, and 2 cards"),
+        (job_of(LLAMA, "-pp", "2"), PAIR, "--pipeline-parallel-size 2"),
+        (job_of(of_method("awq", group_size=1024)), tuple(sm("8.6", i) for i in range(8)), "groups of 1024"),
+    ],
+)
+def test_what_keeps_vllm_from_ranks_is_said(job: VllmJob, gpus: tuple[Gpu, ...], said: str) -> None:
+    reason = job.why_not_tensor(gpus)
+    assert reason is not None
+    assert re.search(said, reason)
+
+
+def test_the_reason_is_what_building_the_command_would_say() -> None:
+    for n in range(2, 17):
+        reason = why_not_tensor(LLAMA, job_of(LLAMA).settings, tuple(sm("8.6", i) for i in range(n)))
+        refused = None
+        try:
+            check_tensor_parallel(LLAMA, n)
+        except UsageError as error:
+            refused = error.message
+        assert (reason is None) == (refused is None)
+        assert refused is None or str(reason) in refused

@@ -64,12 +64,54 @@ def test_one_card() -> None:
 
 
 def test_two_equal_cards() -> None:
-    command = command_of(NEMO, "2x3090")
+    command = command_of(NEMO, "2x3090", split="pipeline")
     assert option(command, "--pipeline-parallel-size") == "2"
     assert option(command, "--tensor-parallel-size") == "1"
     assert command.env["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert command.env["VLLM_PP_LAYER_PARTITION"] == "20,20"
     assert command.devices == ("cuda:0", "cuda:1")
+
+
+def ranks_on(rig: Rig, *arguments: str, n: int = 2, model: Model = NEMO, **asked: Any) -> Command:
+    job = job_of(model, *arguments, **asked)
+    shape = Shape(n_devices=n, mode="tensor")
+    layout = Layout(gpus=tuple(range(n)), counts=(job.n_units,) * n, shape=shape)
+    return job.command(layout, rig, HERE)
+
+
+def test_tensor_ranks() -> None:
+    command = ranks_on(rig_named("2x3090"), users=4)
+    assert " ".join(command.argv) == (
+        "vllm serve /models/m --host 127.0.0.1 --port 8080 --tensor-parallel-size 2 --pipeline-parallel-size 1 "
+        "--max-model-len 8192 --max-num-seqs 4 --max-num-batched-tokens 2048 --kv-cache-dtype auto "
+        "--gpu-memory-utilization 0.9200"
+    )
+    assert command.env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert command.devices == ("cuda:0", "cuda:1")
+
+
+def test_the_worst_card_decides_the_share_of_all_ranks() -> None:
+    full, crowded = card(0, 24, 936), replace(card(1, 24, 936), free_bytes=20 * GIB)
+    command = ranks_on(rig_of(full, crowded))
+    share = float(option(command, "--gpu-memory-utilization"))
+    assert share * 24 * GIB + outside_bytes(crowded, 2) <= 20 * GIB
+    assert share == pytest.approx(20 / 24, abs=0.04)
+
+
+def test_a_number_of_ranks_given_by_hand_is_planned_with() -> None:
+    job = job_of(NEMO, "-tp", "2")
+    assert (job.pinned.mode, job.pinned.tensor_split, job.pinned.single) == ("tensor", None, False)
+    command = ranks_on(rig_named("2x3090"), "-tp", "2")
+    assert command.argv[-2:] == ("-tp", "2")
+    assert "--tensor-parallel-size" not in command.argv
+    assert "--tensor-parallel-size" in job.warnings[0]
+    assert job_of(NEMO, "-tp", "1").pinned.mode == "pipeline"
+    assert job_of(NEMO).pinned.mode is None
+
+
+def test_ranks_that_do_not_divide_are_refused_before_loading() -> None:
+    with pytest.raises(UsageError, match="32 attention heads are no multiple of 3"):
+        ranks_on(rig_named("4x3090"), n=3)
 
 
 def test_mixed_cards_get_layers_by_their_room() -> None:

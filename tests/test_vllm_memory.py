@@ -106,7 +106,8 @@ def test_experts_in_use_alone_are_read() -> None:
     expert = replace(LLAMA.tensors[5], kind="expert", n_bytes=8 * GIB)
     hyper = replace(LLAMA.hyper, n_expert=8, n_expert_used=2)
     mixture = Weights(replace(LLAMA, tensors=(*LLAMA.tensors, expert), hyper=hyper))
-    assert mixture.traffic(ALL) - Weights(LLAMA).traffic(ALL) == 2 * GIB
+    assert sum(mixture.read_by_layer[1]) - sum(Weights(LLAMA).read_by_layer[1]) == 2 * GIB
+    assert sum(mixture.read_by_layer[0]) == sum(Weights(LLAMA).read_by_layer[0])
     assert mixture.stage(ALL) - Weights(LLAMA).stage(ALL) == 8 * GIB
 
 
@@ -313,9 +314,66 @@ def test_a_whole_model_from_its_files(tmp_path: Path) -> None:
 def test_ranks_need_less_of_each_card() -> None:
     gpu = card(0, 24, 936)
     whole = Footprint(LLAMA, settings()).device(ALL, ONE, gpu)
-    rank = Footprint(LLAMA, settings(), tp=2).device(ALL, Shape(n_devices=2), gpu)
+    rank = job_of(LLAMA).device(ALL, Shape(n_devices=2, mode="tensor"), gpu)
     assert rank.weights < whole.weights * 0.51
     assert rank.kv * 2 == whole.kv
+    assert rank.total < whole.total
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_rank_is_a_stage_of_its_own_share_and_nccl(n: int) -> None:
+    gpu, shape = card(0, 24, 936), Shape(n_devices=n, mode="tensor")
+    job = job_of(LLAMA, users=3)
+    rank = job.device(ALL, shape, gpu)
+    alone = Footprint(LLAMA, job.settings, tp=n).device(ALL, ONE, gpu)
+    assert (rank.weights, rank.kv, rank.compute) == (alone.weights, alone.kv, alone.compute)
+    assert rank.overhead > alone.overhead
+    assert job.stored(ALL, shape, gpu) == rank.weights + rank.kv
+
+
+def test_tensor_ranks_are_one_stage_to_the_scheduler(tmp_path: Path) -> None:
+    """Windowed layers keep the tokens in flight: two batches for ranks, however many (max_concurrent_batches)."""
+    need = Footprint(gpt_oss_20b(tmp_path), settings(max_model_len=131072))
+    ranks = [need.ranked(n).kv_bytes(range(25), n, 2048) for n in (2, 4, 8)]
+    assert ranks == [need.kv_bytes(range(25), 1, 2048) // n for n in (2, 4, 8)]
+
+
+@given(ctx=st.integers(1, 100_000), users=st.integers(1, 64), n=st.sampled_from([2, 4, 8, 16]))
+def test_more_ranks_never_need_more_of_a_card(ctx: int, users: int, n: int) -> None:
+    gpu, need = card(0, 80, 2000), Footprint(LLAMA, settings(max_model_len=ctx, max_num_seqs=users))
+    fewer, more = (need.ranked(k).stored(ALL, Shape(n_devices=k, mode="tensor"), gpu) for k in (n, 2 * n))
+    assert more < fewer
+
+
+# Several users.
+
+
+def test_every_user_has_the_full_context() -> None:
+    gpu = card(0, 80, 2000)
+    one, nine = (job_of(LLAMA, users=n).device(ALL, ONE, gpu) for n in (1, 9))
+    block = Footprint(LLAMA, settings()).device(ALL, ONE, gpu).kv - 8192 * 131072  # the one that is never used
+    assert nine.kv - block == 9 * (one.kv - block)
+
+
+def test_at_users_is_the_same_as_asking_for_as_many() -> None:
+    gpu = card(0, 80, 2000)
+    for users in (1, 2, 50, 300):
+        other, asked = job_of(LLAMA, users=7).at_users(users), job_of(LLAMA, users=users)
+        assert other.users == users
+        assert other.ctx == asked.ctx
+        assert other.device(ALL, ONE, gpu) == asked.device(ALL, ONE, gpu)
+
+
+def test_a_number_of_users_given_by_hand_stays() -> None:
+    job = job_of(LLAMA, "--max-num-seqs", "5", users=2)
+    assert job.users == 5
+    assert job.at_users(1) is job
+
+
+def test_a_batch_has_a_token_for_every_user() -> None:
+    need = Footprint(LLAMA, settings(max_num_seqs=3000, max_model_len=64))
+    assert need.batch_tokens(card(0, 24, 936)) == 3000
+    assert need.batch_tokens(card(0, 80, 2000)) == 8192
 
 
 def test_one_block_of_the_pool_is_never_used() -> None:

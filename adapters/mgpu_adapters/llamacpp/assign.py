@@ -24,7 +24,7 @@ def assign(tensor_split: Sequence[float], n_units: int, host_layers: int = 0) ->
     counts = [0] * len(shares)
     device = 0
     for position in range(active):
-        share = _f32(position / active)
+        share = f32(position / active)
         while device < len(shares) - 1 and not shares[device] > share:
             device += 1
         counts[device] += 1
@@ -34,11 +34,11 @@ def assign(tensor_split: Sequence[float], n_units: int, host_layers: int = 0) ->
 def _cumulative(tensor_split: Sequence[float]) -> list[float]:
     sums = [0.0]
     for weight in tensor_split:
-        sums.append(_f32(sums[-1] + _f32(weight)))
-    return [_f32(after / sums[-1]) for _, after in pairwise(sums)]
+        sums.append(f32(sums[-1] + f32(weight)))
+    return [f32(after / sums[-1]) for _, after in pairwise(sums)]
 
 
-def _f32(value: float) -> float:
+def f32(value: float) -> float:
     """Rounded to the nearest float32, as storing it in a C `float` does."""
     rounded: float = _F32.unpack(_F32.pack(value))[0]
     return rounded

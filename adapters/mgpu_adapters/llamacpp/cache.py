@@ -56,11 +56,18 @@ def _block_bytes(block: BlockCache, settings: Settings, rules: Rules, v_max: int
     return total
 
 
-def unit_traffic(blocks: tuple[BlockCache, ...], settings: Settings) -> tuple[int, ...]:
-    """Prefix sums over the units of cache bytes read for one token, with half of the context in use."""
-    sizes = []
+def unit_reads(blocks: tuple[BlockCache, ...], settings: Settings, depth: int) -> tuple[tuple[float, ...], list[int]]:
+    """Prefix sums over the units of cache bytes touched for one token, and the tokens each block looks back at.
+
+    `depth`: tokens in the cache. A recurrent state is read and written.
+    """
+    known: dict[BlockCache, tuple[float, int]] = {}  # most blocks are alike
+    reads: list[tuple[float, int]] = []
     for block in blocks:
-        cells = min(n_cells(block, settings), settings.n_ctx_seq // 2)
-        row = row_bytes(settings.type_k, block.k) + row_bytes(settings.type_v, block.v)
-        sizes.append(row * cells + 4 * (block.state_r + block.state_s))
-    return (*accumulate(sizes, initial=0), sum(sizes))
+        if block not in known:
+            cells = min(n_cells(block, settings), depth, block.window or depth) if block.k else 0
+            row = row_bytes(settings.type_k, block.k) + row_bytes(settings.type_v, block.v)
+            known[block] = float(row * cells + 8 * (block.state_r + block.state_s)), cells
+        reads.append(known[block])
+    sizes, seen = [size for size, _ in reads], [cells for _, cells in reads]
+    return (*accumulate(sizes, initial=0.0), sum(sizes)), seen

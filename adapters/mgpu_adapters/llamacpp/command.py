@@ -11,6 +11,7 @@ from mgpu.plan import Layout
 from mgpu.rig import Gpu, Rig
 from mgpu_adapters.llamacpp.cards import device_names, visibility
 from mgpu_adapters.llamacpp.flags import SPELLINGS, Given
+from mgpu_adapters.llamacpp.log import RANKS
 from mgpu_adapters.llamacpp.settings import Settings
 
 #: Flags that not every build in use knows; passed only where `--help` lists them.
@@ -50,7 +51,7 @@ def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that ho
     watched = (SPELLINGS["verbosity"][-1], _VERBOSITY)
     return Command(
         argv=(*argv, *arguments),
-        devices=device_names(_gpus(layout, rig)),
+        devices=_named_in_log(layout, device_names(_gpus(layout, rig))),
         env=env,
         scrub=("LLAMA_ARG_",),
         watch_argv=watched if watched[0] in installed.flags and "verbosity" not in given else (),
@@ -68,10 +69,14 @@ def _options(
     names = device_names(_gpus(layout, rig))
     yield "model", model.path
     yield "device", ",".join(names) or "none"
-    yield "gpu-layers", str(sum(layout.counts))
-    yield "split-mode", "layer" if len(names) > 1 else "none"
-    if len(names) > 1:
-        yield "tensor-split", ",".join(str(count) for count in layout.counts)
+    if layout.shape.mode == "tensor":  # without --tensor-split every rank gets the same, as planned
+        yield "gpu-layers", str(max(layout.counts))
+        yield "split-mode", "tensor"
+    else:
+        yield "gpu-layers", str(sum(layout.counts))
+        yield "split-mode", "layer" if len(names) > 1 else "none"
+        if len(names) > 1:
+            yield "tensor-split", ",".join(str(count) for count in layout.counts)
     if layout.shape.host_experts:
         yield "n-cpu-moe", str(layout.shape.host_experts)
     yield "fit", "off"
@@ -94,6 +99,11 @@ _RELATED: Final = {"kv-unified": ("kv-unified", "no-kv-unified"), "n-cpu-moe": (
 
 def _overruled(name: str, given: Given) -> bool:
     return any(flag in given for flag in _RELATED.get(name, (name,)))
+
+
+def _named_in_log(layout: Layout, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Tensor ranks are one device to the log, which tells the bytes of the largest."""
+    return (RANKS,) * len(names) if layout.shape.mode == "tensor" else names
 
 
 def _gpus(layout: Layout, rig: Rig) -> tuple[Gpu, ...]:

@@ -128,7 +128,7 @@ class Compute:
         settings = self.settings
         moved = shape.host_layers or shape.host_experts or settings.n_cpu_moe or settings.override_tensor
         by_layer = settings.split_mode in (None, "layer")
-        return shape.n_devices > 1 and by_layer and settings.kv_offload and not moved
+        return shape.n_devices > 1 and shape.mode == "pipeline" and by_layer and settings.kv_offload and not moved
 
     def _reserve(
         self, blocks: tuple[int, ...], ends: tuple[int, ...], shape: Shape, driver: Driver | None, kinds: Kinds

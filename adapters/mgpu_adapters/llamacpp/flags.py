@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, get_args
 
 from msgspec import Struct
 
 from mgpu.errors import UsageError
 from mgpu.model import KV_TYPES
+from mgpu_adapters.llamacpp.settings import SplitMode
 
 #: llama.cpp keeps these numbers in 32 bits, and shares in float32.
 _MOST: Final = 2**31 - 1
@@ -44,6 +45,7 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "verbosity": ("-lv", "--verbosity", "--log-verbosity"),
 }  # fmt: skip
 
+_SPLIT_MODES: Final[tuple[SplitMode, ...]] = get_args(SplitMode)
 _SWITCHES: Final = frozenset({"kv-unified", "no-kv-unified", "no-kv-offload", "swa-full", "cpu-moe"})
 _OURS: Final = {"model": "MODEL", "host": "--host", "port": "--port", "api-key": "--api-key"}
 _NAMES: Final = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
@@ -72,6 +74,11 @@ class Given(Struct, frozen=True, kw_only=True):
     def choice(self, name: str, choices: tuple[str, ...]) -> str | None:
         value = self.values.get(name)
         return None if value is None else _parsed(name, value, choices.__contains__, "one of " + ", ".join(choices))
+
+    def split_mode(self) -> SplitMode | None:
+        """None where not given."""
+        found = self.choice("split-mode", _SPLIT_MODES)
+        return next((mode for mode in _SPLIT_MODES if mode == found), None)
 
     def gpu_layers(self) -> int | None:
         """-1 for "all"; None where not given, or "auto"."""

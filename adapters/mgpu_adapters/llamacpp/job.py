@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Final
 
 from msgspec.structs import replace
 
-from mgpu.adapter import Command, Endpoint, Installed, Job, Pinned
+from mgpu.adapter import TYPICAL_DEPTH, Command, Endpoint, Installed, Job, Pinned, Work
 from mgpu.errors import UsageError
 from mgpu.model import KV_TYPES, Model
-from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
+from mgpu.plan import DeviceBytes, HostBytes, Layout, Mode, Shape
 from mgpu.request import DEFAULT_CTX, Request, RuntimeName
 from mgpu.rig import Gpu, Rig
 from mgpu_adapters.llamacpp.assign import assign
 from mgpu_adapters.llamacpp.command import build_command
 from mgpu_adapters.llamacpp.flags import Given, read_flags
 from mgpu_adapters.llamacpp.memory import Footprint, footprint
+from mgpu_adapters.llamacpp.refusals import why_not_tensor
 from mgpu_adapters.llamacpp.scheduler import can_attend
 from mgpu_adapters.llamacpp.settings import Settings
+from mgpu_adapters.llamacpp.work import build_number
 
 #: llama-server's own defaults (llama.cpp b11434 common/common.h, tools/server/server.cpp).
 _N_BATCH: Final = 2048
@@ -73,11 +76,13 @@ class LlamaJob:
     def pinned(self) -> Pinned:
         settings = self.settings
         layers, single = settings.n_gpu_layers, settings.split_mode == "none"
+        modes: dict[str | None, Mode] = {"layer": "pipeline", "tensor": "tensor"}
         return Pinned(
             tensor_split=None if single else settings.tensor_split,  # llama.cpp ignores it there, too
             host_layers=None if layers is None or layers < 0 else max(self.n_units - layers, 0),
             host_experts=min(settings.n_cpu_moe, self.n_units - 1) or None,
             single=single,
+            mode=modes.get(settings.split_mode),
         )
 
     @property
@@ -90,14 +95,17 @@ class LlamaJob:
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
         return self._need.device(span, shape, gpu)
 
+    def stored(self, span: range, shape: Shape, gpu: Gpu) -> int:
+        return self._need.stored(span, shape, gpu)
+
     def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
         return self._need.host(shape, gpus)
 
-    def traffic(self, span: range, shape: Shape) -> int:
-        return self._need.traffic(span, shape)
-
-    def host_traffic(self, shape: Shape) -> int:
-        return self._need.host_traffic(shape)
+    @cached_property
+    def work(self) -> Work:
+        half = self.ctx // 2
+        asked = isinstance(self._request.ctx, int) or "ctx-size" in self._given
+        return self._need.work(half if asked else min(half, TYPICAL_DEPTH), build_number(self._installed.version))
 
     def at_ctx(self, ctx: int) -> LlamaJob:
         if "ctx-size" in self._given:
@@ -109,14 +117,15 @@ class LlamaJob:
     tensor_is_experimental = True
 
     def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
-        del gpus
-        return "this version does not plan for it"
+        return why_not_tensor(self._need, gpus, self._installed, self._given)
 
     def at_users(self, users: int) -> LlamaJob:
         settings = self.settings
-        if "parallel" in self._given or "ctx-size" in self._given or users == settings.n_parallel:
+        if "parallel" in self._given or users == settings.n_parallel:
             return self
-        n_ctx = settings.n_ctx if settings.kv_unified else settings.n_ctx_seq * users
+        # `-c` after `--` is what all slots of a server share.
+        shared = settings.kv_unified or "ctx-size" in self._given
+        n_ctx = settings.n_ctx if shared else settings.n_ctx_seq * users
         return self._with(replace(settings, n_parallel=users, n_ctx=n_ctx))
 
     def at_kv_type(self, kv_type: str) -> LlamaJob:
@@ -160,9 +169,7 @@ def settle(model: Model, request: Request, given: Given) -> Settings:
     if n_ctx is None:
         per_user = request.ctx if isinstance(request.ctx, int) else min(model.hyper.n_ctx_train, DEFAULT_CTX)
         n_ctx = per_user if unified else per_user * n_parallel
-    split_mode = given.choice("split-mode", ("none", "layer", "row", "tensor"))
-    if split_mode in {"row", "tensor"}:
-        raise UsageError(f"--split-mode {split_mode} is not planned for by this version", hint="use layer or none")
+    _check_split_mode(given)
     return Settings(
         n_ctx=n_ctx or model.hyper.n_ctx_train,
         n_parallel=n_parallel,
@@ -177,9 +184,18 @@ def settle(model: Model, request: Request, given: Given) -> Settings:
         n_cpu_moe=model.hyper.n_layer if "cpu-moe" in given else given.integer("n-cpu-moe", least=0) or 0,
         n_gpu_layers=given.gpu_layers(),
         tensor_split=given.tensor_split(),
-        split_mode="none" if split_mode == "none" else None,
+        split_mode=given.split_mode(),
         override_tensor=given.overrides(),
     )
+
+
+def _check_split_mode(given: Given) -> None:
+    """Raises `UsageError` for the mode that is gone."""
+    if given.values.get("split-mode") == "row":
+        raise UsageError(
+            "--split-mode row: llama.cpp removed it for CUDA and ROCm in b9890",
+            hint="use tensor in its place, or layer",
+        )
 
 
 def check_cache_types(settings: Settings, model: Model) -> None:
@@ -224,6 +240,8 @@ def _warnings(given: Given, job: LlamaJob) -> list[str]:
         )
     if "device" in given or "main-gpu" in given:
         warnings.append("--device or --main-gpu after `--` may use other cards than the plan's")
+    if job.settings.split_mode == "tensor" and len(set(job.settings.tensor_split or ())) > 1:
+        warnings.append("--tensor-split with --split-mode tensor: every card is planned with what the fullest holds")
     if given.values.get("fit") == "on":
         warnings.append("--fit on after `--` lets llama.cpp change what was planned")
     if "override-tensor" in given:

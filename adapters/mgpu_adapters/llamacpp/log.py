@@ -11,6 +11,9 @@ from typing import Final
 from mgpu.adapter import Buffer, Cause, LogFact, Stage
 from mgpu.units import MIB
 
+#: The log's name for tensor ranks together, however it spells them out ("Meta(CUDA0,CUDA1)").
+RANKS: Final = "Meta()"
+
 _KINDS: Final = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "output"}
 _BUFFER: Final = r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d+) MiB"
 
@@ -33,6 +36,21 @@ _CAUSES: Final = (
         r"unknown model architecture: '([^']*)'",
         "this llama-server does not know the architecture {0!r}",
         "update llama.cpp",
+    ),
+    (
+        r"SPLIT_MODE_TENSOR not implemented for architecture '([^']*)'",
+        "this llama-server has no tensor mode for {0}",
+        "use --split pipeline, or update llama.cpp",
+    ),
+    (
+        r"simultaneous use of SPLIT_MODE_TENSOR and KV cache quantization",
+        "this llama-server has no quantised cache in tensor mode",
+        "use --kv-type f16 or --split pipeline, or update llama.cpp",
+    ),
+    (
+        r"ggml-backend-meta\.cpp:\d+: GGML_ASSERT",
+        "llama.cpp's tensor mode, which is experimental, cannot run this model here",
+        "use --split pipeline",
     ),
     (
         r"error: invalid argument: (\S+)",
@@ -72,7 +90,8 @@ def read_line(line: str) -> LogFact | None:
     if "buffer size" in line:
         found = re.search(_BUFFER, line)
         if found is not None:
-            return Buffer(device=found[1], kind=_KINDS[found[2]], n_bytes=round(float(found[3]) * MIB))
+            device = RANKS if found[1].startswith(RANKS[:-1]) else found[1]
+            return Buffer(device=device, kind=_KINDS[found[2]], n_bytes=round(float(found[3]) * MIB))
     for words, stage in _STAGES:
         if words in line:
             return Stage(text=stage)

@@ -6,8 +6,12 @@ tests/data/oracle; table of errors: benchmarks/memory_accuracy.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 from msgspec.structs import replace
 
+from mgpu.adapter import Work
 from mgpu.model import Model
 from mgpu.plan import DeviceBytes, HostBytes, Shape
 from mgpu.rig import Gpu
@@ -16,42 +20,97 @@ from mgpu_adapters.llamacpp.architectures import NO_FLASH_ATTENTION
 from mgpu_adapters.llamacpp.backends import driver_of
 from mgpu_adapters.llamacpp.blocks import Anatomy
 from mgpu_adapters.llamacpp.compute import Compute
-from mgpu_adapters.llamacpp.overhead import kernel_scratch, overhead
+from mgpu_adapters.llamacpp.overhead import exchange, kernel_scratch, overhead
 from mgpu_adapters.llamacpp.remembered import Remembered
 from mgpu_adapters.llamacpp.settings import Settings
+from mgpu_adapters.llamacpp.tensor import Cuts, Ranks
 from mgpu_adapters.llamacpp.weights import HOST_RULES, Rules, Weights
+from mgpu_adapters.llamacpp.work import effort_of, work_of
+
+#: What the compute buffers of tensor ranks are those of: llama.cpp makes each as large as if nothing were cut.
+_ALONE: Final = Shape(n_devices=1)
 
 
 class Footprint:
     """What a model takes, with these settings, wherever its units go. Immutable, memory of past answers aside."""
 
-    def __init__(self, weights: Weights, anatomy: Anatomy, settings: Settings, remembered: Remembered) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        anatomy: Anatomy,
+        settings: Settings,
+        remembered: Remembered,
+        cuts: Cuts | None = None,
+    ) -> None:
         self.model = weights.model
         if self.model.architecture in NO_FLASH_ATTENTION:
             settings = replace(settings, flash_attn=False)
         self.settings = settings
         self.n_units = weights.n_units
+        self.anatomy = anatomy
         self._weights = weights
-        self._anatomy = anatomy
         self._remembered = remembered
         self._compute = Compute(anatomy, weights, settings, remembered)
         self._scratch = kernel_scratch(anatomy, settings)
         self._caches: dict[Rules, tuple[int, ...]] = {}
-        self._reads: tuple[int, ...] | None = None
+        split = (settings.tensor_split if settings.split_mode == "tensor" else None) or ()
+        self._cuts = cuts or Cuts(anatomy, weights, split)
+        self._flaws: dict[int, str | None] = {}
+        self._stored: dict[tuple[int, Rules], tuple[int, int]] = {}
 
     def with_settings(self, settings: Settings) -> Footprint:
         """The same model with other settings; what depends on the model alone is shared, and what contexts tell."""
         alike = replace(settings, n_ctx=self.settings.n_ctx) == self.settings
-        return Footprint(self._weights, self._anatomy, settings, self._remembered if alike else Remembered())
+        remembered = self._remembered if alike else Remembered()
+        return Footprint(self._weights, self.anatomy, settings, remembered, self._cuts)
 
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
-        """Bytes on `gpu` when it holds the units of `span` (non-empty, contiguous)."""
+        """Bytes on `gpu` when it holds the units of `span` (non-empty, contiguous).
+
+        As a tensor rank, which takes part in all units: the bytes of the largest rank.
+        """
+        if shape.mode == "tensor":
+            return self._rank(shape, gpu)
         return DeviceBytes(
             weights=self.device_weights(span, shape, gpu),
             kv=self.device_kv(span, gpu),
             compute=self._compute.device(span, shape, gpu),
             overhead=overhead(gpu, self._scratch),
         )
+
+    def stored(self, span: range, shape: Shape, gpu: Gpu) -> int:
+        """Of those, weights and cache: the larger part, and cheap to ask."""
+        if shape.mode == "tensor":
+            return sum(self._rank_stored(shape.n_devices, driver_of(gpu).rules))
+        return self.device_weights(span, shape, gpu) + self.device_kv(span, gpu)
+
+    def ranks(self, n: int) -> Ranks:
+        """The model cut for `n` tensor ranks."""
+        return self._cuts.ranks(n)
+
+    def tensor_flaw(self, n: int, flaw_of: Callable[[Anatomy, Ranks], str | None]) -> str | None:
+        """What `flaw_of` says of the model cut for `n` ranks; asked once."""
+        if n not in self._flaws:
+            self._flaws[n] = flaw_of(self.anatomy, self.ranks(n))
+        return self._flaws[n]
+
+    def _rank(self, shape: Shape, gpu: Gpu) -> DeviceBytes:
+        weights, kv = self._rank_stored(shape.n_devices, driver_of(gpu).rules)
+        return DeviceBytes(
+            weights=weights,
+            kv=kv,
+            compute=self._compute.device(range(self.n_units), _ALONE, gpu),
+            overhead=overhead(gpu, self._scratch) + exchange(self.anatomy, self.settings, shape.n_devices, gpu),
+        )
+
+    def _rank_stored(self, n: int, rules: Rules) -> tuple[int, int]:
+        """Weights and cache of the largest rank."""
+        sizes = self._stored.get((n, rules))
+        if sizes is None:
+            ranks = self.ranks(n)
+            sizes = max(ranks.weights(rules)), max(ranks.cache(self.settings, rules))
+            self._stored[n, rules] = sizes
+        return sizes
 
     def device_weights(self, span: range, shape: Shape, gpu: Gpu) -> int:
         """Of those, the weights: to the byte."""
@@ -68,6 +127,8 @@ class Footprint:
 
     def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
         """Bytes on the host beside those devices. Without devices, everything is there."""
+        if shape.mode == "tensor":
+            shape, gpus = _ALONE, gpus[:1]
         return HostBytes(
             weights=self.host_weights(shape, gpus),
             kv=self.host_kv(shape, gpus),
@@ -95,21 +156,9 @@ class Footprint:
         kept = self._weights.table(driver_of(gpu).rules, self.settings.override_tensor).kept
         return kept[-1] - kept[on_host]
 
-    def traffic(self, span: range, shape: Shape) -> int:
-        """Bytes read from the device's memory to generate one token with half of the context in use."""
-        fixed, experts = self._weights.traffic
-        first = min(max(span.start, self._host_experts(shape)), span.stop)
-        total = fixed[span.stop] - fixed[span.start] + experts[span.stop] - experts[first]
-        sums = self._cache_reads()
-        return int(total) + (sums[span.stop] - sums[span.start] if self.settings.kv_offload else 0)
-
-    def host_traffic(self, shape: Shape) -> int:
-        """Bytes the CPU reads from RAM to generate one token."""
-        fixed, experts = self._weights.traffic
-        on_host = shape.host_layers if shape.n_devices else self.n_units
-        sums = self._cache_reads()
-        read = fixed[on_host] + experts[max(on_host, self._host_experts(shape))]
-        return int(read) + (sums[on_host] if self.settings.kv_offload else sums[-1])
+    def work(self, depth: int, build: int | None) -> Work:
+        """What a token takes with `depth` tokens in the cache, under llama.cpp of that build (None: unknown)."""
+        return work_of(effort_of(self._weights, self.anatomy), self.anatomy, self.settings, depth, build)
 
     def _host_experts(self, shape: Shape) -> int:
         return min(max(shape.host_experts, self.settings.n_cpu_moe), self.n_units)
@@ -117,13 +166,8 @@ class Footprint:
     def _cache(self, rules: Rules) -> tuple[int, ...]:
         sums = self._caches.get(rules)
         if sums is None:
-            sums = self._caches[rules] = cache.unit_bytes(self._anatomy.caches, self.settings, rules)
+            sums = self._caches[rules] = cache.unit_bytes(self.anatomy.caches, self.settings, rules)
         return sums
-
-    def _cache_reads(self) -> tuple[int, ...]:
-        if self._reads is None:
-            self._reads = cache.unit_traffic(self._anatomy.caches, self.settings)
-        return self._reads
 
 
 def footprint(model: Model, settings: Settings) -> Footprint:

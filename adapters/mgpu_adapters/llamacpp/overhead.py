@@ -6,6 +6,7 @@ from typing import Final
 
 from mgpu.rig import Gpu
 from mgpu.units import GIB, MIB
+from mgpu_adapters.llamacpp.architectures import n_expert_used
 from mgpu_adapters.llamacpp.backends import driver_of
 from mgpu_adapters.llamacpp.blocks import Anatomy
 from mgpu_adapters.llamacpp.settings import Settings
@@ -28,6 +29,10 @@ _CUDA_GROWTH: Final = 128 * MIB
 #: Pipelines, descriptor pools and staging buffers of Vulkan, SYCL and Metal; the connection's buffers of RPC.
 _OTHER_GROWTH: Final = 128 * MIB
 
+#: NCCL's communicator and its channels between tensor ranks: not measured with llama.cpp, assumed as for vLLM.
+#: Without NCCL, two CUDA cards exchange through 32 MiB on each (ggml-cuda/allreduce.cu), less than this.
+_NCCL: Final = 256 * MIB
+
 
 def overhead(gpu: Gpu, scratch: int) -> int:
     """Bytes on `gpu` beside llama.cpp's buffers. `scratch`: the pool its kernels draw from, see `kernel_scratch`."""
@@ -35,6 +40,18 @@ def overhead(gpu: Gpu, scratch: int) -> int:
         context = next((size for most, size in _CONTEXTS if gpu.total_bytes <= most), _LARGEST_CONTEXT)
         return context + _CUDA_GROWTH + scratch
     return _OTHER_GROWTH + scratch
+
+
+def exchange(anatomy: Anatomy, settings: Settings, n_ranks: int, gpu: Gpu) -> int:
+    """Bytes on `gpu` for what tensor ranks send each other: partial sums, one for each step of a butterfly.
+
+    Source: ggml-backend-meta.cpp (max_tmp_size, n_reduce_steps), which makes room for them whether or not NCCL does
+    the sums; with NCCL (ggml-cuda.cu) there is a copy in 16 bits in the pool beside it. Seen with real requests.
+    """
+    hyper = anatomy.hyper
+    widest = hyper.n_embd * (n_expert_used(hyper) if hyper.n_expert else 1)
+    sums = 4 * settings.u * widest * (n_ranks - 1).bit_length()
+    return sums + (_NCCL + 2 * settings.u * widest if driver_of(gpu).cuda else 0)
 
 
 def kernel_scratch(anatomy: Anatomy, settings: Settings) -> int:

@@ -12,7 +12,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from mgpu.adapter import Command, Expected, Job, Projected, Question, Search
-from mgpu.errors import RuntimeMissingError
+from mgpu.errors import RuntimeMissingError, UsageError
 from mgpu.plan import Layout
 from mgpu.rig import Rig
 from mgpu.units import MIB, gib
@@ -55,7 +55,16 @@ class FitParams:
 
 
 def ask(job: LlamaJob, layout: Layout, rig: Rig, command: Command, flags: frozenset[str]) -> Question:
-    """The question for a tool that knows `flags`. Raises `RuntimeMissingError` when it cannot print a projection."""
+    """The question for a tool that knows `flags`.
+
+    Raises `RuntimeMissingError` when it cannot print a projection, `UsageError` for tensor ranks, which it never cuts:
+    b11434 prints the whole model's sizes for them.
+    """
+    if layout.shape.mode == "tensor":
+        raise UsageError(
+            "--verify cannot ask about tensor ranks: llama-fit-params tells their sizes as if nothing were cut",
+            hint="leave --verify out: a launch compares the plan with what llama-server reports",
+        )
     if "--fit-print" not in flags:
         raise RuntimeMissingError(
             "this llama-fit-params is too old for --verify: its --help knows no --fit-print",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-SplitMode = Literal["none", "layer", "row", "tensor"]
+SplitMode = Literal["none", "layer", "tensor"]  # `row` is refused
 
 
 class Settings(Struct, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ class Traits(Struct, frozen=True, kw_only=True):
 _LLAMA_LIKE: Final = (
     "llama deci internlm2 qwen qwen2 qwen3 qwen3moe granite granitemoe minicpm seed_oss xverse arctic "
     "exaone ernie4_5 ernie4_5-moe mistral3 pangu-embedded openelm olmo2 phi3 phimoe glm4 chatglm gemma-embedding "
-    "hunyuan_vl maincoder bailingmoe mellum granite_swa grovemoe muse-glimmer paddleocr plamo3 "
+    "hunyuan_vl maincoder bailingmoe mellum granite_swa grovemoe muse-glimmer plamo3 "
     "falcon-h1 mamba mamba2 granitehybrid"
 )
 _KNOWN: Final = {name: Traits() for name in _LLAMA_LIKE.split()} | {
@@ -81,6 +81,7 @@ _KNOWN: Final = {name: Traits() for name in _LLAMA_LIKE.split()} | {
     "olmo": Traits(norm="norm"),
     "olmoe": Traits(norm_weights=False),
     "orion": Traits(norm="norm"),
+    "paddleocr": Traits(n_pos=4),
     "phi2": Traits(norm="norm", parallel="attention+feed", scaled_query=True),
     "plamo": Traits(parallel="feed+attention"),
     "qwen2moe": Traits(norm_weights=False),

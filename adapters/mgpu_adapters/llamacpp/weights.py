@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cached_property
 from itertools import accumulate
 from typing import Final, Literal
 
 from msgspec import Struct
 
 from mgpu.model import Model, Tensor
-from mgpu_adapters.llamacpp.architectures import n_expert_used, n_trunk
+from mgpu_adapters.llamacpp.architectures import n_trunk
 
 HOST_ALIGNMENT: Final = 32
 CUDA_ALIGNMENT: Final = 128
@@ -131,19 +130,6 @@ class Weights:
             return frozenset()
         placed = (item.tensor for item in self.placed if item.place in ("block", "output"))
         return frozenset(tensor.name for tensor in placed if _stays_on_host(tensor, rules, patterns))
-
-    @cached_property
-    def traffic(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Prefix sums over the units of the bytes read for one token: without, and of, the routed experts."""
-        hyper = self.model.hyper
-        share = n_expert_used(hyper) / hyper.n_expert if hyper.n_expert else 1.0
-        fixed, experts = [0.0] * self.n_units, [0.0] * self.n_units
-        for item in self.placed:
-            if item.place in ("host", "every"):
-                continue
-            sums, weight = (experts, share) if item.routed else (fixed, 1.0)
-            sums[item.unit] += item.tensor.n_bytes * weight
-        return tuple(accumulate(fixed, initial=0.0)), tuple(accumulate(experts, initial=0.0))
 
     def _build(self, rules: Rules, overrides: tuple[tuple[str, str], ...]) -> Table:
         patterns = _patterns(overrides)

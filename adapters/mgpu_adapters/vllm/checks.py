@@ -12,7 +12,6 @@ from typing import Final
 from mgpu.errors import BadModelError, RefusedError, UsageError
 from mgpu.model import Model
 from mgpu.rig import Gpu, short_name
-from mgpu.units import gib
 from mgpu_adapters.vllm.config import derived_max_len, is_latent, number, quant_method, text
 from mgpu_adapters.vllm.settings import Settings
 from mgpu_adapters.vllm.weights import padded_vocabulary
@@ -41,9 +40,6 @@ _NO_PIPELINE: Final = frozenset({
     "Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "SmolVLMForConditionalGeneration",
     "WhisperForConditionalGeneration", "Zamba2ForCausalLM",
 })  # fmt: skip
-
-#: Cards whose memory differs by less than this are matched: one board's total varies with ECC and firmware.
-_MATCHED: Final = 0.03
 
 
 def check_model(model: Model) -> None:
@@ -143,6 +139,28 @@ def capability_of(gpu: Gpu) -> int | None:
     return int(major) * 10 + int(minor) if known else None
 
 
+def why_not_tensor(model: Model, settings: Settings, gpus: Sequence[Gpu]) -> str | None:
+    """The first thing that keeps vLLM from cutting `model` into a rank for each of `gpus`; None: nothing.
+
+    Different memory is none: each card is planned with its own, and rule `mixed-is-pipeline` has its say.
+    """
+    n, asked = len(gpus), settings.tensor_parallel_size
+    if n < 2:
+        return f"tensor ranks need two cards, not {n}"
+    if asked not in {None, n}:
+        return f"--tensor-parallel-size {asked} after `--`, and {n} cards"
+    if (settings.pipeline_parallel_size or 1) > 1:
+        return f"--pipeline-parallel-size {settings.pipeline_parallel_size} after `--`"
+    try:
+        check_cards(model, gpus)
+    except RefusedError as error:
+        return error.message
+    kinds = sorted({gpu.compute_capability for gpu in gpus if gpu.compute_capability})
+    if len(kinds) > 1:
+        return f"vLLM picks one set of kernels for all ranks, and compute capabilities differ ({', '.join(kinds)})"
+    return _tensor_flaw(model, n) or None
+
+
 def check_tensor_parallel(model: Model, tp: int) -> None:
     """Raises `UsageError`, with the numbers that would do, where the model cannot be cut into `tp` ranks."""
     flaw = _tensor_flaw(model, tp)
@@ -150,23 +168,6 @@ def check_tensor_parallel(model: Model, tp: int) -> None:
         fine = [str(n) for n in range(2, 17) if not _tensor_flaw(model, n)]
         hint = f"tensor parallelism takes {', '.join(fine)} GPUs here" if fine else "split by layers: --split pipeline"
         raise UsageError(f"vLLM cannot cut this model for {tp} GPUs: {flaw}", hint=hint)
-
-
-def check_matched(gpus: Sequence[Gpu]) -> None:
-    """Rule `mixed-is-pipeline`: raises `RefusedError` for tensor parallelism over cards of different size or kind."""
-    sizes = [gpu.total_bytes for gpu in gpus]
-    if min(sizes) < max(sizes) * (1 - _MATCHED):
-        raise RefusedError(
-            f"refused by rule mixed-is-pipeline: tensor parallelism would take {len(gpus)} x {gib(min(sizes))}, "
-            f"the smallest card, of cards with up to {gib(max(sizes))}",
-            hint="split by layers: --split pipeline",
-        )
-    kinds = sorted({gpu.compute_capability for gpu in gpus if gpu.compute_capability})
-    if len(kinds) > 1:
-        raise RefusedError(
-            f"refused by rule mixed-is-pipeline: compute capabilities differ ({', '.join(kinds)})",
-            hint="split by layers: --split pipeline",
-        )
 
 
 def _tensor_flaw(model: Model, tp: int) -> str:
@@ -183,7 +184,19 @@ def _tensor_flaw(model: Model, tp: int) -> str:
             return f"a feed-forward width of {width} is no multiple of {tp}"
     if padded_vocabulary(hyper.n_vocab) % tp:
         return f"a vocabulary of {hyper.n_vocab} (padded: {padded_vocabulary(hyper.n_vocab)}) is no multiple of {tp}"
-    return _group_flaw(model, tp)
+    return _state_flaw(model, tp) or _group_flaw(model, tp)
+
+
+def _state_flaw(model: Model, tp: int) -> str:
+    """Recurrent layers are cut by heads (layers/mamba/mamba_utils.py, mamba_mixer2.py)."""
+    for key in ("linear_num_key_heads", "linear_num_value_heads", "mamba_num_heads", "mamba_n_heads"):
+        heads = number(model, key) or 0
+        if heads % tp:
+            return f"{heads} heads of its recurrent layers are no multiple of {tp}"
+    groups = number(model, "n_groups", "mamba_n_groups") or 1
+    if number(model, "mamba_num_heads", "mamba_n_heads") and groups > 1 and groups % tp:
+        return f"{groups} groups of its recurrent layers are no multiple of {tp}"
+    return ""
 
 
 def _group_flaw(model: Model, tp: int) -> str:

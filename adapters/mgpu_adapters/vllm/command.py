@@ -13,7 +13,7 @@ from mgpu.adapter import Command, Endpoint, Installed
 from mgpu.errors import DoesNotFitError, RuntimeMissingError, UsageError
 from mgpu.plan import Layout
 from mgpu.rig import Gpu, Rig
-from mgpu_adapters.vllm.checks import check_cards, check_pipeline, needs_half
+from mgpu_adapters.vllm.checks import check_cards, check_pipeline, check_tensor_parallel, needs_half
 from mgpu_adapters.vllm.flags import Given
 from mgpu_adapters.vllm.memory import SHARES, Footprint
 from mgpu_adapters.vllm.partition import layer_partition
@@ -30,7 +30,7 @@ _FULL_UUID: Final = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA
 
 
 class Stage(Struct, frozen=True, kw_only=True):
-    """One pipeline stage: its card, its layers, and as units these and, on the last, the output."""
+    """One pipeline stage: its card, its layers, and as units these and, on the last, the output. A rank has all."""
 
     gpu: Gpu
     layers: range
@@ -51,17 +51,21 @@ def build_command(
 
     Raises `RefusedError` for cards or splits that vLLM refuses, `DoesNotFitError` where no share of memory would do.
     """
-    stages = stages_of(layout, rig)
+    stages, cut = stages_of(layout, rig), layout.shape.mode == "tensor"
     gpus = tuple(stage.gpu for stage in stages)
     check_cards(need.model, gpus)
-    check_pipeline(need.model, len(stages))
-    _check_number(need, stages)
+    if cut:
+        check_tensor_parallel(need.model, len(stages))
+        need = need.ranked(len(stages))
+    else:
+        check_pipeline(need.model, len(stages))
+    _check_number(need, 1 if cut else len(stages))
     argv = [installed.executable, "serve", need.model.path]
-    for name, value in _options(need, stages, endpoint, version_of(installed)):
+    for name, value in _options(need, stages, endpoint, version_of(installed), n_ranks=len(stages) if cut else 1):
         if name not in given:
             argv += [f"--{name}", value]
-    env = visibility(gpus, version_of(installed))
-    if len(stages) > 1:
+    env = visibility(gpus, rig, version_of(installed))
+    if len(stages) > 1 and not cut:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(len(stage.layers)) for stage in stages)
     if endpoint.api_key is not None:
         env["VLLM_API_KEY"] = endpoint.api_key  # in argv every user of the machine could read it
@@ -78,8 +82,11 @@ def build_command(
 
 
 def stages_of(layout: Layout, rig: Rig) -> tuple[Stage, ...]:
-    """The stages of a layout; cards without units are none."""
+    """The stages of a layout, or its ranks; cards without units are none."""
     by_index = {gpu.index: gpu for gpu in rig.gpus}
+    if layout.shape.mode == "tensor":
+        whole = zip(layout.gpus, layout.spans(), strict=True)
+        return tuple(Stage(gpu=by_index[index], layers=span[:-1], span=span) for index, span in whole)
     used = [(by_index[index], count) for index, count in zip(layout.gpus, layout.counts, strict=True) if count]
     ends = list(accumulate(layer_partition([count for _, count in used]), initial=0))
     layers = [range(start, end) for start, end in pairwise(ends)]
@@ -113,10 +120,15 @@ def batch_tokens(need: Footprint, stages: Sequence[Stage]) -> int:
     return min(need.batch_tokens(stage.gpu) for stage in stages)
 
 
-def visibility(gpus: Sequence[Gpu], version: tuple[int, int]) -> dict[str, str]:
-    """Variables that show vLLM only `gpus`; its rank k uses the k-th. UUIDs where this version takes them."""
-    indices = ",".join(str(gpu.index) for gpu in gpus)
-    if all(gpu.vendor == "amd" for gpu in gpus):
+def visibility(gpus: Sequence[Gpu], rig: Rig, version: tuple[int, int]) -> dict[str, str]:
+    """Variables that show vLLM only `gpus`; its rank k uses the k-th. UUIDs where this version takes them.
+
+    Else a card's number among those of its own vendor: another vendor's do not count.
+    """
+    vendor = gpus[0].vendor
+    ours = [gpu.index for gpu in rig.gpus if gpu.vendor == vendor]
+    indices = ",".join(str(ours.index(gpu.index)) for gpu in gpus)
+    if vendor == "amd":
         return {"HIP_VISIBLE_DEVICES": indices}
     uuids = [gpu.uuid for gpu in gpus if gpu.uuid is not None and _FULL_UUID.fullmatch(gpu.uuid)]
     named = len(uuids) == len(gpus) and version >= _UUIDS_SINCE
@@ -132,14 +144,14 @@ def version_of(installed: Installed) -> tuple[int, int]:
 
 
 def _options(
-    need: Footprint, stages: Sequence[Stage], endpoint: Endpoint, version: tuple[int, int]
+    need: Footprint, stages: Sequence[Stage], endpoint: Endpoint, version: tuple[int, int], *, n_ranks: int
 ) -> Iterator[tuple[str, str]]:
     """Our flags, in the order people read them: where, what, how much."""
     settings = need.settings
     yield "host", endpoint.host
     yield "port", str(endpoint.port)
-    yield "tensor-parallel-size", "1"
-    yield "pipeline-parallel-size", str(len(stages))
+    yield "tensor-parallel-size", str(n_ranks)
+    yield "pipeline-parallel-size", str(len(stages) // n_ranks)
     yield "max-model-len", str(settings.max_model_len)
     yield "max-num-seqs", str(settings.max_num_seqs)
     yield "max-num-batched-tokens", str(batch_tokens(need, stages))
@@ -157,11 +169,11 @@ def _options(
         yield "dtype", "half"
 
 
-def _check_number(need: Footprint, stages: Sequence[Stage]) -> None:
+def _check_number(need: Footprint, n_stages: int) -> None:
     asked = need.settings.pipeline_parallel_size
-    if asked is not None and asked != len(stages):
+    if asked is not None and asked != n_stages:
         raise UsageError(
-            f"--pipeline-parallel-size {asked} after `--` needs {asked} GPUs, and the plan has {len(stages)}",
+            f"--pipeline-parallel-size {asked} after `--` needs {asked} GPUs, and the plan has {n_stages}",
             hint="leave it out: mgpu takes as many as the model needs; --gpus says which to consider",
         )
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Final
 
 from msgspec.structs import replace
 
-from mgpu.adapter import Command, Endpoint, Installed, Job, Pinned
+from mgpu.adapter import TYPICAL_DEPTH, Command, Endpoint, Installed, Job, Pinned, Work
 from mgpu.errors import UsageError
 from mgpu.model import Model
 from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
 from mgpu.request import Request, RuntimeName
 from mgpu.rig import Gpu, Rig
 from mgpu_adapters.vllm.cache import BLOCK_SIZE
-from mgpu_adapters.vllm.checks import check_batch, check_context, check_model, has_pipeline
+from mgpu_adapters.vllm.checks import check_batch, check_context, check_model, has_pipeline, why_not_tensor
 from mgpu_adapters.vllm.command import build_command
 from mgpu_adapters.vllm.config import derived_max_len, layers_without_description
 from mgpu_adapters.vllm.flags import Given, read_flags
 from mgpu_adapters.vllm.memory import Footprint
 from mgpu_adapters.vllm.partition import proportional, to_units
 from mgpu_adapters.vllm.settings import Settings, kv_cache_dtype, settle
+from mgpu_adapters.vllm.work import work_of
 
 #: Flags that change what a plan says in ways that this version does not follow.
 _UNPLANNED: Final = (
@@ -31,7 +33,7 @@ _UNPLANNED: Final = (
 class VllmJob:
     """Implements `mgpu.adapter.Job`. Immutable: `at_ctx` and `at_kv_type` make new ones that share the tables.
 
-    Layouts are pipelines: vLLM has no stage without layers, and tensor-parallel ranks are not units of a layout.
+    Layouts are pipelines, in which vLLM has no stage without layers, or tensor ranks.
     """
 
     runtime: RuntimeName = "vllm"
@@ -46,6 +48,7 @@ class VllmJob:
         self._need = need
         self.n_units = need.n_units
         self.settings = need.settings
+        self._ranks: dict[int, Footprint] = {}
 
     @property
     def model(self) -> Model:
@@ -69,10 +72,13 @@ class VllmJob:
 
     @property
     def pinned(self) -> Pinned:
-        n_stages = self.settings.pipeline_parallel_size
+        n_stages, n_ranks = self.settings.pipeline_parallel_size, self.settings.tensor_parallel_size
         if n_stages is not None and n_stages > 1:
-            return Pinned(tensor_split=(1.0,) * n_stages)
-        return Pinned(single=n_stages == 1 or not has_pipeline(self.model))
+            return Pinned(tensor_split=(1.0,) * n_stages, mode="pipeline")
+        if n_ranks is not None and n_ranks > 1:
+            return Pinned(mode="tensor")  # `why_not_tensor` holds to their number
+        single = n_stages == 1 or not has_pipeline(self.model)
+        return Pinned(single=single, mode="pipeline" if n_ranks == 1 else None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -84,18 +90,20 @@ class VllmJob:
         return to_units(proportional(tensor_split, self.n_units - 1))
 
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
-        return self._need.device(span, shape, gpu)
+        return self._ranked(shape).device(span, shape, gpu)
+
+    def stored(self, span: range, shape: Shape, gpu: Gpu) -> int:
+        return self._ranked(shape).stored(span, shape, gpu)
 
     def host(self, shape: Shape, gpus: tuple[Gpu, ...]) -> HostBytes:
         del shape
         return self._need.host(gpus)
 
-    def traffic(self, span: range, shape: Shape) -> int:
-        return self._need.traffic(span, shape)
-
-    def host_traffic(self, shape: Shape) -> int:
-        """Nothing, where cards do the work."""
-        return 0 if shape.n_devices else self._need.traffic(range(self.n_units), shape)
+    @cached_property
+    def work(self) -> Work:
+        half = max(self.ctx // 2, 1)
+        asked = isinstance(self._request.ctx, int) or "max-model-len" in self._given
+        return work_of(self.model, self.settings, half if asked else min(half, TYPICAL_DEPTH))
 
     def at_ctx(self, ctx: int) -> VllmJob:
         if "max-model-len" in self._given:
@@ -105,8 +113,7 @@ class VllmJob:
     tensor_is_experimental = False
 
     def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
-        del gpus
-        return "this version does not plan for it"
+        return why_not_tensor(self.model, self.settings, gpus)
 
     def at_users(self, users: int) -> VllmJob:
         if "max-num-seqs" in self._given:
@@ -119,6 +126,15 @@ class VllmJob:
     def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command:
         command = build_command(self._need, layout, rig, endpoint, installed=self._installed, given=self._given)
         return replace(command, argv=(*command.argv, *self._request.runtime_args))
+
+    def _ranked(self, shape: Shape) -> Footprint:
+        """What tensor ranks hold, made once for each number of them."""
+        if shape.mode != "tensor":
+            return self._need
+        need = self._ranks.get(shape.n_devices)
+        if need is None:
+            need = self._ranks[shape.n_devices] = self._need.ranked(shape.n_devices)
+        return need
 
     def _with(self, settings: Settings) -> VllmJob:
         return VllmJob(self._request, self._installed, self._given, self._need.with_settings(settings))
@@ -146,6 +162,8 @@ def _warnings(given: Given, model: Model) -> list[str]:
     warnings: list[str] = []
     if "pipeline-parallel-size" in given:
         warnings.append("--pipeline-parallel-size after `--` decides how many GPUs are used in mgpu's place")
+    if "tensor-parallel-size" in given:
+        warnings.append("--tensor-parallel-size after `--` decides how many GPUs are used in mgpu's place")
     if "device-ids" in given:
         warnings.append("--device-ids after `--` may use other GPUs than the plan's")
     warnings += [f"--{name} after `--` is passed on, and not planned with" for name in _UNPLANNED if name in given]

@@ -71,19 +71,35 @@ class Share(Struct, frozen=True, kw_only=True):
 class Footprint:
     """What a model takes with these settings, wherever its layers go. Immutable.
 
-    With `tp` ranks in place of stages, every card is asked for all units, with `Shape(n_devices=tp)`.
+    With `tp` ranks in place of stages, every card is asked for all units, and all give the same answer: vLLM cuts
+    evenly or not at all.
     """
 
-    def __init__(self, model: Model, settings: Settings, *, tp: int = 1, weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        *,
+        tp: int = 1,
+        weights: Weights | None = None,
+        by_ranks: dict[int, Weights] | None = None,
+    ) -> None:
         self.model = model
         self.settings = settings
         self.n_units = n_main_layers(model) + 1
         self._tp = tp
         self._weights = weights or Weights(model, tp)
+        self._by_ranks: dict[int, Weights] = {} if by_ranks is None else by_ranks  # shared by all settings
         self._cache: CachePlan = plan_cache(model, KV_DTYPES[settings.kv_cache_dtype] or 2, tp)
 
     def with_settings(self, settings: Settings) -> Footprint:
-        return Footprint(self.model, settings, tp=self._tp, weights=self._weights)
+        return Footprint(self.model, settings, tp=self._tp, weights=self._weights, by_ranks=self._by_ranks)
+
+    def ranked(self, tp: int) -> Footprint:
+        """The same model and settings on one of `tp` tensor ranks."""
+        if tp not in self._by_ranks:
+            self._by_ranks[tp] = Weights(self.model, tp)
+        return Footprint(self.model, self.settings, tp=tp, weights=self._by_ranks[tp])
 
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
         """Bytes on `gpu` as the stage with the units of `span`: with the context, and the smallest share that holds it.
@@ -102,6 +118,10 @@ class Footprint:
             total = max(total, gpu.usable_bytes + short) if short > 0 else total
         return DeviceBytes(weights=weights, kv=kv, compute=compute, overhead=total - need)
 
+    def stored(self, span: range, shape: Shape, gpu: Gpu) -> int:
+        """Of those, weights and cache alone."""
+        return self._weights.stage(span) + self.kv_bytes(span, shape.n_devices, self.batch_tokens(gpu))
+
     def share(self, span: range, n_devices: int, gpu: Gpu) -> Share:
         """The shares of `gpu` that start: enough for the stage, and free of what others hold and is reserved."""
         room = gpu.usable_bytes - outside_bytes(gpu, n_devices)
@@ -113,12 +133,15 @@ class Footprint:
         """The stage's cache, for all users at their full context. `batch`: `--max-num-batched-tokens`."""
         settings = self.settings
         return self._cache.bytes_for(
-            self._layers(span), settings.max_num_seqs, settings.max_model_len, _in_flight(n_devices, batch)
+            self._layers(span),
+            settings.max_num_seqs,
+            settings.max_model_len,
+            _in_flight(self._stages(n_devices), batch),
         )
 
     def users_in(self, kv_bytes: int, span: range, n_devices: int, batch: int) -> int:
         """How many full contexts `kv_bytes` of cache on that stage hold."""
-        in_flight = _in_flight(n_devices, batch)
+        in_flight = _in_flight(self._stages(n_devices), batch)
         return self._cache.requests_in(kv_bytes, self._layers(span), self.settings.max_model_len, in_flight)
 
     def working_bytes(self, span: range, gpu: Gpu) -> int:
@@ -145,15 +168,12 @@ class Footprint:
         everything = range(self.n_units)
         return HostBytes(weights=self._weights.stage(everything), kv=self.kv_bytes(everything, 1, _BATCH), compute=0)
 
-    def traffic(self, span: range, shape: Shape) -> int:
-        """Bytes read to generate one token with half of the context in use, for one user."""
-        half = max(self.settings.max_model_len // 2, 1)
-        in_flight = _in_flight(shape.n_devices, 1)
-        return self._weights.traffic(span) + self._cache.bytes_for(self._layers(span), 1, half, in_flight)
-
     def _layers(self, span: range) -> range:
         last = self.n_units - 1
         return range(min(span.start, last), min(span.stop, last))
+
+    def _stages(self, n_devices: int) -> int:
+        return n_devices if self._tp == 1 else 1
 
     def _graphs(self) -> int:
         if self.settings.enforce_eager:
@@ -186,9 +206,9 @@ def n_graphs(max_num_seqs: int) -> int:
     return len(sizes) + len([size for size in sizes if size <= max_num_seqs])
 
 
-def _in_flight(n_devices: int, batch: int) -> int:
+def _in_flight(n_stages: int, batch: int) -> int:
     """Tokens scheduled and not yet settled: a batch for each stage, and one more (`max_concurrent_batches`)."""
-    return (max(n_devices, 1) + 1) * batch
+    return (max(n_stages, 1) + 1) * batch
 
 
 def _least_share(need: int, gpu: Gpu) -> int:

@@ -34,15 +34,17 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int | None = None
     enforce_eager: bool = False
     pipeline_parallel_size: int | None = None
+    tensor_parallel_size: int | None = None
     utilization: int | None = None
 
 
 def settle(request: Request, given: Given, ctx_train: int) -> Settings:
     """Raises `UsageError` for values that vLLM would not take, or that this version does not plan for."""
-    if given.integer("tensor-parallel-size") not in {None, 1}:
+    ranks, stages = given.integer("tensor-parallel-size"), given.integer("pipeline-parallel-size")
+    if (ranks or 1) > 1 and (stages or 1) > 1:
         raise UsageError(
-            f"--tensor-parallel-size {given.values['tensor-parallel-size']} is not planned for by this version",
-            hint="leave it out: mgpu splits by layers (--pipeline-parallel-size)",
+            f"--tensor-parallel-size {ranks} and --pipeline-parallel-size {stages} together are not planned for",
+            hint="leave one of the two out",
         )
     per_user = request.ctx if isinstance(request.ctx, int) else min(ctx_train, DEFAULT_CTX)
     return Settings(
@@ -51,7 +53,8 @@ def settle(request: Request, given: Given, ctx_train: int) -> Settings:
         kv_cache_dtype=kv_cache_dtype(given.values.get("kv-cache-dtype") or request.kv_type),
         max_num_batched_tokens=given.integer("max-num-batched-tokens"),
         enforce_eager="enforce-eager" in given,
-        pipeline_parallel_size=given.integer("pipeline-parallel-size"),
+        pipeline_parallel_size=stages,
+        tensor_parallel_size=ranks,
         utilization=given.fraction("gpu-memory-utilization"),
     )
 

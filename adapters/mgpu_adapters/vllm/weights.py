@@ -5,7 +5,7 @@ Prefix sums over units (blocks, and the output layer as the last), so that any s
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Final
 
 from mgpu.model import Model, Tensor
@@ -70,13 +70,13 @@ class Weights:
             total += self.norm + (0 if self.tied and first else self.head)
         return total
 
-    def traffic(self, span: range) -> int:
-        """Bytes read to generate one token: all blocks, of experts only those in use, and the head."""
-        last = min(span.stop, self.n_layers)
-        first = min(span.start, last)
-        total = self._blocks[last] - self._blocks[first]
-        total -= int((self._experts[last] - self._experts[first]) * (1 - self._share))
-        return total + (self.norm + self.head if span.stop > self.n_layers else 0)
+    @property
+    def read_by_layer(self) -> tuple[list[float], list[float]]:
+        """Bytes read for one token in each layer: all but routed experts, and the routed experts in use."""
+        blocks = [float(after - before) for before, after in pairwise(self._blocks)]
+        experts = [float(after - before) for before, after in pairwise(self._experts)]
+        dense = [whole - routed for whole, routed in zip(blocks, experts, strict=True)]
+        return dense, [each * self._share for each in experts]
 
 
 def rotary_bytes(model: Model) -> int:
