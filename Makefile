@@ -26,7 +26,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# What is generated and committed: completion scripts, and the picture in the README.
+# What is generated and committed: completion scripts, pictures, the table of decisions.
 docs: $(VENV)/.venv
 	$(PY) docs/generate.py
 

@@ -1,4 +1,4 @@
-"""Writes what is generated and committed: the completion scripts, and the pictures of `mgpu plan`."""
+"""Writes what is generated and committed: completion scripts, pictures of `mgpu plan`, the table of decisions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from decision_cases import table
 from headers import write_model
 from mgpu.cli import cli
 from mgpu.shells import FILES, script
@@ -25,6 +26,9 @@ PICTURES = (
 def main() -> None:
     for shell, name in FILES.items():
         (ROOT / "completions" / name).write_text(script(shell, cli), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        decisions = ROOT / "tests" / "data" / "decisions.md"
+        decisions.write_text(table(Path(scratch)), encoding="utf-8")
     os.environ["COLUMNS"] = "96"
     for name, model, arguments in PICTURES:
         directory = Path(tempfile.gettempdir()) / "models"  # the picture shows it: the same each time

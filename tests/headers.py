@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import functools
 import gzip
+import math
 import os
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import replace
+
+from mgpu.inspect.gguf import TYPES
+from mgpu.model import Model
+
+#: Elements of a block, and its bytes, by the type's name.
+_BLOCKS: Final = {name: (elements, size) for name, elements, size in TYPES.values()}
 
 _DATA: Final = Path(__file__).parent / "data" / "oracle"
 
@@ -30,3 +39,18 @@ def write_model(name: str, directory: Path) -> Path:
         path.write_bytes(content(name))
         os.truncate(path, sizes()[name])
     return path
+
+
+def requantized(model: Model, type_name: str) -> Model:
+    """The same model with every quantised or 16-bit matrix in another type, as its file would be read."""
+    elements, block = _BLOCKS[type_name]
+    tensors = tuple(
+        replace(tensor, type=type_name, n_bytes=math.prod(tensor.shape) // elements * block)
+        if len(tensor.shape) > 1 and tensor.type != "F32" and tensor.shape[0] % elements == 0
+        else tensor
+        for tensor in model.tensors
+    )
+    size = sum(tensor.n_bytes for tensor in tensors)
+    file = replace(model.files[0], n_bytes=size)
+    name = model.name.replace(model.quantization, type_name)
+    return replace(model, tensors=tensors, quantization=type_name, name=name, files=(file,))

@@ -34,8 +34,8 @@ def decide(model: Path, rig: Rig | str, **asked: Any) -> Plan:
 
 
 def verdict(plan: Plan, rule: str) -> RuleVerdict | None:
-    """What a rule said, or None if it was silent."""
-    return next((said for said in plan.rules if said.id == rule), None)
+    """What a rule said, or None if it had nothing to say."""
+    return next((said for said in plan.rules if said.id == rule and not said.quiet), None)
 
 
 def card(index: int, gib: float, gbs: int | None, **more: Any) -> Gpu:

@@ -381,7 +381,10 @@ def test_what_every_plan_must_hold(header: Header, gpus: tuple[Gpu, ...], model:
     n_units = 81 if model == LARGE else 33 if model == SMALL else 65 if model == MIDDLE else 49
     layout = plan.layout
     if layout.gpus:
-        assert layout.shape.host_layers + sum(layout.counts) == n_units
+        if layout.shape.mode == "pipeline":
+            assert layout.shape.host_layers + sum(layout.counts) == n_units
+        else:
+            assert layout.counts == (n_units,) * len(layout.gpus)
         assert len(set(layout.gpus)) == len(layout.gpus)
     if plan.refusal is not None:
         assert plan.refusal.exit_code == 5

@@ -137,12 +137,16 @@ class Forecast(Struct, frozen=True, kw_only=True):
 
 
 class RuleVerdict(Struct, frozen=True, kw_only=True):
-    """What one rule said, with the figures it used in the text. `source`: where rule and figures come from."""
+    """What one rule said, with the figures it used in the text. `source`: where rule and figures come from.
+
+    `quiet`: the rule has nothing to do with this plan; the text says why.
+    """
 
     id: str
     verdict: Verdict
     text: str
     source: str
+    quiet: bool = False
 
 
 class Alternative(Struct, frozen=True, kw_only=True):
@@ -154,16 +158,18 @@ class Alternative(Struct, frozen=True, kw_only=True):
     fits: bool
     short_bytes: int
     tok_s: Speed | None
+    total_tok_s: Speed | None = None  # for all users together; None for one
     why_not: str
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
-    """Why there is nothing to launch. `code` and `exit_code` as in `mgpu.errors`."""
+    """Why there is nothing to launch. `code` and `exit_code` as in `mgpu.errors`; `rule`: the one that refuses."""
 
     code: str
     exit_code: int
     message: str
     hint: str
+    rule: str | None = None
 
 
 class Plan(Struct, frozen=True, kw_only=True):

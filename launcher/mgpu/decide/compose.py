@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from mgpu.decide import rules
 from mgpu.decide.misfit import offers
 from mgpu.decide.options import Case, Options, Sketch
-from mgpu.decide.weigh import Weighed
-from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan, Refusal, RuleVerdict
+from mgpu.decide.speed import complete
+from mgpu.decide.weigh import Weighed, users_each
+from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan, Refusal
 from mgpu.request import RuntimeName
 from mgpu.units import gib
 
@@ -17,6 +18,13 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
     """The plan of `chosen`; with a `refusal`, what it would have been."""
     job, layout = case.job, chosen.layout
     n_blocks = job.n_units - 1
+    ruling = rules.Ruling(
+        case=case,
+        chosen=chosen,
+        options=options,
+        offers=tuple(offers(case)) if chosen.kind == "offload" and options.singles else (),
+        refused_by=refusal.rule if refusal else None,
+    )
     return Plan(
         placement=chosen.kind,
         runtime=job.runtime,
@@ -31,12 +39,13 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
             memory=chosen.host,
             free_bytes=case.rig.ram_free_bytes,
         ),
-        tensor_split=layout.counts if len(layout.counts) > 1 else None,
-        forecast=chosen.forecast,
-        rules=_verdicts(case, chosen, options, n_blocks),
+        tensor_split=layout.counts if len(layout.counts) > 1 and layout.shape.mode == "pipeline" else None,
+        forecast=complete(chosen.forecast, job, layout, chosen.gpus, case.rig),
+        rules=rules.verdicts(ruling),
         alternatives=tuple(_alternatives(case, chosen, options)),
         warnings=(*job.warnings, *_warnings(case, chosen)),
         refusal=refusal,
+        users_each=users_each(job, layout),
     )
 
 
@@ -56,27 +65,11 @@ def _devices(chosen: Weighed, n_blocks: int) -> tuple[DevicePlan, ...]:
     )
 
 
-def _verdicts(case: Case, chosen: Weighed, options: Options, n_blocks: int) -> tuple[RuleVerdict, ...]:
-    verdicts: list[RuleVerdict | None] = []
-    if options.singles:
-        verdicts.append(rules.fits_one_card(chosen, options.singles, options.single, options.needless))
-        verdicts.append(rules.fastest_card(chosen, options.fitting))
-        verdicts.append(rules.fewest_cards(chosen, case.gpus))
-    verdicts += [
-        rules.split_by_layers(chosen) if chosen.fits else None,
-        rules.cpu_offload_last(chosen, options.with_cpu, n_blocks, offers(case) if chosen.kind == "offload" else []),
-        rules.display_card(chosen),
-    ]
-    return tuple(verdict for verdict in verdicts if verdict is not None)
-
-
 def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alternative]:
-    seen = set[tuple[object, ...]]()
-    for other in (*options.singles, options.split, options.offload, options.cpu):
-        if other is None or other.layout == chosen.layout:
-            continue
-        kind = (other.kind, other.short_bytes, other.speed, tuple(gpu.name for gpu in other.gpus))
-        if kind in seen:  # of identical cards, one speaks for all
+    seen = {_kind(chosen)}
+    for other in options.all:
+        kind = _kind(other)
+        if other.layout == chosen.layout or kind in seen:  # of identical cards, one speaks for all
             continue
         seen.add(kind)
         yield Alternative(
@@ -86,10 +79,19 @@ def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alt
             fits=other.fits,
             short_bytes=other.short_bytes,
             tok_s=other.speed,
-            why_not=_why_not(chosen, other),
+            total_tok_s=other.forecast.total_tok_s,
+            why_not=_why_not(case, chosen, other),
         )
     if options.needless is not None and chosen.kind == "single":
-        yield _needless(case.job.runtime, options.needless)
+        yield _sketched(case.job.runtime, options.needless, "needless split")
+    unasked = options.unasked
+    if unasked is not None and chosen.kind == "pipeline" and unasked.layout.counts != chosen.layout.counts:
+        yield _sketched(case.job.runtime, unasked, f"what {case.job.runtime} does unasked: by free memory alone")
+
+
+def _kind(one: Weighed) -> tuple[object, ...]:
+    counts = sorted(zip((gpu.name for gpu in one.gpus), one.layout.counts, strict=True))
+    return one.kind, one.short_bytes, one.speed and one.speed.expected, tuple(counts)
 
 
 def _warnings(case: Case, chosen: Weighed) -> Iterator[str]:
@@ -99,7 +101,7 @@ def _warnings(case: Case, chosen: Weighed) -> Iterator[str]:
         yield "--offload never is overruled by what comes after `--`"
 
 
-def _needless(runtime: RuntimeName, sketch: Sketch) -> Alternative:
+def _sketched(runtime: RuntimeName, sketch: Sketch, why_not: str) -> Alternative:
     return Alternative(
         runtime=runtime,
         placement="pipeline",
@@ -107,15 +109,31 @@ def _needless(runtime: RuntimeName, sketch: Sketch) -> Alternative:
         fits=True,
         short_bytes=0,
         tok_s=sketch.speed,
-        why_not="needless split",
+        why_not=why_not,
     )
 
 
-def _why_not(chosen: Weighed, other: Weighed) -> str:
+def _why_not(case: Case, chosen: Weighed, other: Weighed) -> str:
     if not other.fits:
         return f"short by {gib(other.short_bytes)}"
     if other.kind in {"offload", "cpu"}:
         return "the CPU comes last"
-    if other.speed and chosen.speed and other.speed.expected < chosen.speed.expected * 0.995:
-        return "slower"
+    slower = _slower(case, chosen, other)
+    if chosen.kind == "pipeline" and other.kind in {"tensor", "pipeline"}:
+        return _why_not_this_split(case, other, slower=slower)
+    if slower:
+        return "slower for all users together" if case.job.users > 1 else "slower"
     return "no faster; comes after by room or index"
+
+
+def _why_not_this_split(case: Case, other: Weighed, *, slower: bool) -> str:
+    if other.kind == "pipeline":
+        return "evenly timed: for long prompts, many users" if slower else "fastest card first: for one user"
+    if slower or not case.job.tensor_is_experimental:
+        return "not enough faster"
+    return "experimental: --split tensor asks for it"
+
+
+def _slower(case: Case, chosen: Weighed, other: Weighed) -> bool:
+    ours, theirs = (chosen.total, other.total) if case.job.users > 1 else (chosen.speed, other.speed)
+    return bool(ours and theirs and theirs.expected < ours.expected * 0.995)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from mgpu.adapter import Job
 from mgpu.decide import rules
-from mgpu.decide.options import Case, on_gpus
-from mgpu.decide.weigh import Weighed
+from mgpu.decide.options import Case, gpus_hold, on_gpus
+from mgpu.decide.weigh import Weighed, in_the_way
 from mgpu.errors import UsageError
 from mgpu.units import gib, gib_of
 
@@ -27,6 +27,9 @@ def explain_misfit(case: Case, closest: Weighed, with_cpu: Weighed | None) -> tu
     elif helped is not None and helped.speed is not None and closest.gpus and case.request.offload == "auto":
         message += f"; with the CPU's help it would run at {helped.speed.words}"
     would = offers(case) if closest.gpus else []
+    culprits = in_the_way(closest)
+    if culprits is not None:
+        would.insert(0, f"it would fit but for {culprits}: stop that")
     if helped is not None:
         would.append("--offload allow runs it with the CPU's help")
     return message, "; ".join(would) or "use a smaller quantisation of the model, or free some memory"
@@ -69,7 +72,7 @@ def offers(case: Case) -> list[str]:
     would: list[str] = []
 
     def holds(job: Job) -> bool:
-        return on_gpus(case.with_job(job)) is not None
+        return gpus_hold(case.with_job(job))
 
     ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:

@@ -15,7 +15,7 @@ from rich.text import Text
 from mgpu.errors import DoesNotFitError, RefusedError
 from mgpu.model import Model
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan
-from mgpu.report.lines import layers_of, size_words, title
+from mgpu.report.lines import indices, layers_of, size_words, title
 from mgpu.rig import Gpu, Rig, short_name
 from mgpu.units import GIB, gib, gib_of
 
@@ -39,6 +39,8 @@ _VERDICT_WORDS: Final = {0: "runs on ", RefusedError.exit_code: "refused: ", Doe
 _PLACEMENTS: Final = {
     "single": "one card",
     "pipeline": "split by layers",
+    "tensor": "tensor ranks",
+    "replicas": "a replica on each",
     "offload": "with the CPU's help",
     "cpu": "CPU alone",
 }
@@ -65,6 +67,9 @@ def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None, width: 
     parts += [Text(), _rules(plan)]
     if plan.alternatives:
         parts += [Text(), _alternatives(plan)]
+    if plan.changes:
+        lines = [Padding(Text(change), (0, 0, 0, 2)) for change in plan.changes]
+        parts += [Text(), Text("What would change the answer", style="bold"), *lines]
     if plan.warnings:
         parts += [Text(), *(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)]
     if command is not None:
@@ -84,7 +89,25 @@ def _head(model: Model, rig: Rig, plan: Plan) -> Group:
     if plan.ctx_fits is not None and plan.ctx_fits > plan.ctx:
         context += f"; up to {plan.ctx_fits} would fit"
     where = f"rig {rig.name}, {plan.runtime}"
-    return Group(first, second, Text(), verdict, Text(f"{context}; {where}", style="dim"))
+    pace = Text(_pace_words(plan), style="dim")
+    lines: list[RenderableType] = [first, second, Text(), verdict, *([pace] if pace else [])]
+    return Group(*lines, Text(f"{context}; {where}", style="dim"))
+
+
+def _pace_words(plan: Plan) -> str:
+    """Prompts, the first token, and all users together: what is known of it."""
+    forecast, words = plan.forecast, list[str]()
+    if plan.refusal is not None:
+        return ""
+    if forecast.total_tok_s is not None:
+        words.append(f"{plan.users} users together {forecast.total_tok_s.words}")
+    if forecast.prompt_tok_s is not None:
+        words.append(f"prompts {forecast.prompt_tok_s.words}")
+    if forecast.first_token is not None:
+        wait = forecast.first_token
+        low, high = (f"{seconds:.2g}" for seconds in (wait.low, wait.high))
+        words.append(f"first token of a {wait.prompt_tokens}-token prompt after {low}-{high} s")
+    return "; ".join(words)
 
 
 def _place_words(plan: Plan) -> str:
@@ -168,6 +191,8 @@ def _rules(plan: Plan) -> Group:
     table.add_column(no_wrap=True)
     table.add_column()
     for rule in plan.rules:
+        if rule.quiet:
+            continue
         glyph, colour = _VERDICTS[rule.verdict]
         table.add_row(Text(glyph, style=colour), Text(rule.id, style=colour), Text(rule.text))
     return Group(Text("Rules", style="bold"), Padding(table, (0, 0, 0, 2)))
@@ -178,7 +203,10 @@ def _alternatives(plan: Plan) -> Group:
     for _ in range(3):
         table.add_column()
     for alternative in plan.alternatives:
-        speed = "" if alternative.tok_s is None else alternative.tok_s.words.removesuffix(" predicted")
+        told = alternative.tok_s if alternative.fits else None
+        speed = "" if told is None else told.words.removesuffix(" predicted")
+        if alternative.total_tok_s is not None and alternative.fits:
+            speed += f" ({alternative.total_tok_s.expected:.0f} together)"
         table.add_row(
             _alternative_words(alternative, plan), Text(speed, style="dim"), Text(alternative.why_not, style="dim")
         )
@@ -189,8 +217,5 @@ def _alternative_words(alternative: Alternative, plan: Plan) -> str:
     if not alternative.gpus:
         return "CPU alone"
     if alternative.runtime != plan.runtime:
-        return (
-            f"{alternative.runtime.capitalize()} would by itself: GPU {'+'.join(str(gpu) for gpu in alternative.gpus)}"
-        )
-    cards = "+".join(str(index) for index in alternative.gpus)
-    return f"GPU {cards}, {_PLACEMENTS.get(alternative.placement, alternative.placement)}"
+        return f"{alternative.runtime.capitalize()} by itself: GPU {indices(alternative.gpus)}"
+    return f"GPU {indices(alternative.gpus)}, {_PLACEMENTS.get(alternative.placement, alternative.placement)}"
