@@ -17,7 +17,14 @@ from headers import write_model
 _ROOT = Path(__file__).parents[1]
 
 #: Variables of the person who runs the tests that would change what is tested.
-_FOREIGN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NO_COLOR")
+_FOREIGN = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "GGML_VK_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NO_COLOR",
+    "ROCR_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR",
+)  # fmt: skip
+
+
+#: Of the person who runs the tests: compiling llvmpipe's shaders anew takes a minute and a half.
+_SHADERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +123,7 @@ def llama_server() -> str:
 @pytest.fixture
 def two_vulkan_devices(llama_server: str) -> dict[str, str]:
     """The environment in which llama-server has two software Vulkan devices, or a skip."""
-    env = {"GGML_VK_VISIBLE_DEVICES": "0,0"}
+    env = {"GGML_VK_VISIBLE_DEVICES": "0,0", "MESA_SHADER_CACHE_DIR": str(_SHADERS)}
     listed = subprocess.run(
         [llama_server, "--list-devices"], env={**os.environ, **env}, capture_output=True, text=True, check=False
     )

@@ -39,6 +39,7 @@ FAULTS = (
     "garbage-log",
     "ignore-sigterm",
     "grandchild",
+    "die-before-answering",
     "die-while-answering",
     "stall-while-answering",
     "no-chat-template",
@@ -79,10 +80,16 @@ class Handler(BaseHTTPRequestHandler):
             self._error(503, "Loading model")
         elif self.options.api_key and self.headers["Authorization"] != f"Bearer {self.options.api_key}":
             self._error(401, "Invalid API Key")
+        elif self.path == "/completion" and self.options.open_completions:
+            self._error(404, "File Not Found")
         elif body.get("n_predict") == 1:
             self._first_token()
+        elif self.path == "/completion" and isinstance(body["prompt"], list):
+            self._timed(body["prompt"], body["n_predict"])
         elif self.path == "/completion":
             self._plain(body["prompt"])
+        elif self.path == "/v1/completions" and self.options.open_completions:
+            self._json(200, {"choices": [{"text": "Hi"}], "usage": {"completion_tokens": 1}})
         elif self.path == "/v1/chat/completions":
             self._chat()
         else:
@@ -108,8 +115,33 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._stream({"content": text, "stop": False} for text in ("plain: ", prompt))
 
+    def _timed(self, tokens: list[int], n_predict: int) -> None:
+        """An answer without words, and how fast: by `--tok-s`, for each request in turn, the last for the rest."""
+        fault, speeds = self.options.fault, self.options.tok_s
+        if fault == "die-while-answering":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "no-answer-at-all":
+            self._error(500, "no answer")
+            return
+        if fault == "stall-while-answering" and len(speeds) < 2:
+            with self.reading:
+                log("answer: stalling")
+                self.connection.recv(1)  # until the client goes away
+            return
+        tok_s = speeds.pop(0) if len(speeds) > 1 else speeds[0]
+        log(f"timed: {len(tokens)} tokens from {min(tokens)} to {max(tokens)}")
+        answer: dict[str, Any] = {"content": "", "tokens_predicted": n_predict}
+        if tok_s < 0:  # stopped by something
+            answer["timings"] = {"predicted_n": 3, "predicted_ms": 1.0}
+        elif tok_s:
+            reading = {"prompt_n": len(tokens), "prompt_ms": 500 * len(tokens) / tok_s}
+            answer["timings"] = reading | {"predicted_n": n_predict, "predicted_ms": 1000 * (n_predict - 1) / tok_s}
+        self._json(200, answer)
+
     def _chat(self) -> None:
         fault = self.options.fault
+        if fault == "die-before-answering":
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault in {"no-chat-template", "no-answer-at-all"}:
             self._error(400, "this model has no chat template")
             return
@@ -142,9 +174,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for event in events:
+            time.sleep(self.options.piece_s)
             self._chunk(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
+
+    def end_headers(self) -> None:
+        self.send_header("X-Served-By", str(self.options.port))
+        super().end_headers()
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
@@ -167,6 +204,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
     allow_reuse_address = True
 
     def __init__(self, address: tuple[str, int]) -> None:
@@ -244,7 +282,10 @@ def main() -> None:
     parser.add_argument("--api-key")
     parser.add_argument("--marker", default="")
     parser.add_argument("--load-s", type=float, default=0.05)
+    parser.add_argument("--piece-s", type=float, default=0.0, help="before each piece of an answer")
+    parser.add_argument("--open-completions", action="store_true", help="OpenAI's completions alone, as vLLM")
     parser.add_argument("--fault", choices=FAULTS, default="none")
+    parser.add_argument("--tok-s", type=lambda text: [float(word) for word in text.split(",")], default=[100.0])
     parser.add_argument("--steal", type=Path, help="before binding, touch this file and wait for its removal")
     options = parser.parse_args()
     Handler.options, Handler.loaded = options, threading.Event()

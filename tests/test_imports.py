@@ -20,7 +20,7 @@ FLOORS: Final = (
     ("mgpu_profiles", "mgpu.inspect", "mgpu.plan"),
     ("mgpu.detect", "mgpu.report", "mgpu.adapter"),
     ("mgpu_adapters", "mgpu.launch", "mgpu.decide"),
-    ("mgpu.gather", "mgpu.options", "mgpu.rigs", "mgpu.commands", "mgpu.shells"),
+    ("mgpu.gather", "mgpu.whatif", "mgpu.options", "mgpu.rigs", "mgpu.commands", "mgpu.bench", "mgpu.shells"),
     ("mgpu.cli",),
     ("mgpu.__main__",),
 )
@@ -30,7 +30,15 @@ ALONE: Final = {
     "subprocess": ("mgpu.launch",),
     "pynvml": ("mgpu.detect.nvidia",),
     "requests": ("mgpu.launch", "mgpu.inspect.remote"),
-    "click": ("mgpu_profiles.store", "mgpu.cli", "mgpu.options", "mgpu.commands", "mgpu.rigs", "mgpu.shells"),
+    "click": (
+        "mgpu_profiles.store",
+        "mgpu.cli",
+        "mgpu.options",
+        "mgpu.commands",
+        "mgpu.bench",
+        "mgpu.rigs",
+        "mgpu.shells",
+    ),
     "rich": ("mgpu.report",),
 }
 

@@ -18,7 +18,7 @@ import click
 
 from mgpu import __version__
 from mgpu.errors import InterruptedLaunchError, MgpuError, RuntimeFailedError, UsageError
-from mgpu.options import ModelArgument, RigName, planning_options, to_request
+from mgpu.options import ModelArgument, RigName, bench_options, planning_options, to_bench_request, to_request
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -125,6 +125,40 @@ def plan(context: click.Context, /, model: str, *, svg: str | None, verify: bool
         commands.print_json(decided, projection)
     else:
         commands.print_plan(decided, svg, projection)
+
+
+@cli.command()
+@click.argument("model", type=ModelArgument())
+@bench_options
+def bench(model: str, **options: Any) -> None:
+    """Measure how fast MODEL runs here, and keep it for later plans.
+
+    \b
+    mgpu bench model.gguf
+    mgpu bench model.gguf --quick
+    mgpu bench model.gguf --rig home --kv-type q8_0
+
+    One placement after the other is loaded and timed: the plan's, each kind of card alone, and splits.
+    """
+    from mgpu.bench.command import Asked, measure
+
+    if options["no_save"] and options["save_as"] is not None:
+        raise UsageError("--save and --no-save contradict each other", hint="leave one of the two out")
+    measure(
+        model,
+        Asked(
+            request=to_bench_request(options),
+            rig_name=options["rig"],
+            save_as=options["save_as"],
+            keep=not options["no_save"],
+            quick=options["quick"],
+            as_json=options["as_json"],
+            explicit=options["llama_server"],
+            n_prompt=options["n_prompt"],
+            n_gen=options["n_gen"],
+            repetitions=options["repetitions"],
+        ),
+    )
 
 
 @cli.command()

@@ -14,14 +14,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.adapter import Adapter, Command, Endpoint, Job, Projection
-from mgpu.decide.choose import choose, room_for_ctx
+from mgpu.decide.choose import choose, room_for_ctx, speed_by_room
 from mgpu.decide.consider import with_reserves
+from mgpu.decide.replicas import Replica, commands_at, replicas_of
 from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, RuntimeMissingError, UsageError
 from mgpu.gather import Facts, find_installed, gather, list_devices
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
 from mgpu.plan import Alternative, Plan, Shape
-from mgpu.report.lines import run_lines, shell_line, to_scrub
+from mgpu.report.lines import joint_line, run_lines, shell_line, to_scrub
 from mgpu.request import Request
 from mgpu.rig import Rig
 from mgpu_adapters.registry import ADAPTER_NAMES, load_adapter, pick_adapter
@@ -34,7 +35,10 @@ _PLANNED_PORT = 8080
 
 
 class Decided(Struct, frozen=True, kw_only=True):
-    """One decision with the facts it rests on. `command` is None where the plan has a refusal."""
+    """One decision with the facts it rests on. `command` is None where the plan has a refusal.
+
+    `commands`: of replicas, one each, without a proxy; `command` is the first.
+    """
 
     model: Model
     request: Request
@@ -42,6 +46,9 @@ class Decided(Struct, frozen=True, kw_only=True):
     job: Job
     plan: Plan
     command: Command | None
+    commands: tuple[Command, ...] = ()
+    replicas: tuple[Replica, ...] = ()
+    named_rig: bool = False  # by --rig: nothing of this machine counts
 
     def command_at(self, port: int) -> Command:
         """The command that listens on `port`."""
@@ -101,13 +108,43 @@ def _decide(model: Model, request: Request, facts: Facts, *, rig_name: str | Non
     job = facts.adapter.job(_as_downloaded(model), request, facts.installed)
     plan = choose(request, facts.rig, job)
     if explore:
-        others = (*plan.alternatives, *_ollama_would(model, facts.rig, plan))
-        plan = replace(plan, ctx_fits=room_for_ctx(request, facts.rig, job, plan), alternatives=others)
+        plan = _explored(model, request, facts, job, plan)
     job = job.at_ctx(plan.ctx)
     decided = Decided(model=model, request=request, facts=facts, job=job, plan=plan, command=None)
     if plan.refusal is not None:
         return decided
-    return replace(decided, command=decided.command_at(_port(request, hypothetical=rig_name is not None)))
+    replicas = replicas_of(plan, job, facts.rig)
+    ports = _ports(request, max(len(replicas), 1), hypothetical=rig_name is not None)
+    if not replicas:
+        command = decided.command_at(ports[0])
+        return replace(decided, command=command, commands=(command,))
+    commands = commands_at(replicas, ports, host=request.host, api_key=request.api_key)
+    named_rig = rig_name is not None
+    return replace(decided, command=commands[0], commands=commands, replicas=replicas, named_rig=named_rig)
+
+
+def _explored(model: Model, request: Request, facts: Facts, job: Job, plan: Plan) -> Plan:
+    """The plan with what only a reader has time for: what more would fit, what else, and what would change it."""
+    from mgpu.inspect.siblings import read_siblings
+    from mgpu.whatif import Question, changes, more_quant
+
+    question = Question(
+        request=request,
+        rig=facts.rig,
+        job=job.at_ctx(plan.ctx),
+        plan=plan,
+        model=model,
+        siblings=read_siblings(model),
+        job_of=lambda other: facts.adapter.job(other, request, facts.installed),
+    )
+    larger = more_quant(question)
+    return replace(
+        plan,
+        ctx_fits=room_for_ctx(request, facts.rig, job, plan),
+        alternatives=(*plan.alternatives, *_ollama_would(model, facts.rig, plan, job)),
+        rules=tuple(larger if verdict.id == larger.id else verdict for verdict in plan.rules),
+        changes=changes(question),
+    )
 
 
 def _as_downloaded(model: Model) -> Model:
@@ -126,16 +163,28 @@ def project(decided: Decided) -> Projection | None:
     command, adapter = decided.command, decided.facts.adapter
     if command is None or adapter.projector is None:
         return None
-    question = functools.partial(
-        adapter.projector.question, decided.job, decided.plan.layout, decided.facts.rig, command
-    )
+    job, plan = _one_runtime(decided)
+    question = functools.partial(adapter.projector.question, job, plan.layout, decided.facts.rig, command)
     return ask(adapter, adapter.projector, question, command, os.environ)
+
+
+def _one_runtime(decided: Decided) -> tuple[Job, Plan]:
+    """What `command` starts: the whole plan, or the first of its replicas."""
+    if not decided.replicas:
+        return decided.job, decided.plan
+    return decided.replicas[0].job, decided.replicas[0].plan
 
 
 def print_dry_run(decided: Decided) -> None:
     """The explanation on stderr, the one pasteable line on stdout."""
     _explain(decided)
     _stop_if_refused(decided.plan)
+    if _is_proxied(decided):
+        from mgpu.launch.planned import proxy_name
+
+        name = proxy_name(os.environ)
+        if name is not None:
+            click.echo(f"  note: `mgpu run` itself puts {name} in front of these: one address for all", err=True)
     # Bytes: a path need not be valid text, and the shell wants it as it is.
     click.echo(os.fsencode(_line(decided)))
 
@@ -150,7 +199,7 @@ def print_plan(decided: Decided, svg: str | None, projection: Projection | None 
     if projection is not None:
         from mgpu.report.verified import verified_screen
 
-        out.print("", verified_screen(decided.plan, projection))
+        out.print("", verified_screen(_one_runtime(decided)[1], projection))
     if svg is not None:
         _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
     _note(decided)
@@ -159,22 +208,41 @@ def print_plan(decided: Decided, svg: str | None, projection: Projection | None 
 
 def print_json(decided: Decided, projection: Projection | None = None) -> None:
     """One object on stdout; a refusal or a misfit has its own exit code all the same."""
-    from mgpu.report.as_json import decision
+    from mgpu.report.as_json import command_object, decision
 
-    told = decision(decided.model, decided.facts.rig, decided.request, decided.plan, decided.command)
+    commands = _commands(decided)
+    told = decision(decided.model, decided.facts.rig, decided.request, decided.plan)
     told["notes"] = list(decided.facts.notes)
-    if decided.command is not None:
-        told["command"]["unset"] = list(to_scrub(decided.command, os.environ))
+    told_commands = [command_object(command, to_scrub(command, os.environ)) for command in commands]
+    if told_commands:
+        told["command"] = told_commands[0]
+    if decided.replicas:
+        told["commands"] = told_commands
     if projection is not None:
         from mgpu.report.verified import verified_object
 
-        told["verify"] = verified_object(decided.plan, projection)
+        told["verify"] = verified_object(_one_runtime(decided)[1], projection)
     _print_object(told)
     refusal = decided.plan.refusal
     if refusal is not None:
         for line in (f"mgpu: {refusal.message}", f"      {refusal.hint}"):
             click.echo(line, err=True)
         sys.exit(refusal.exit_code)
+
+
+def _is_proxied(decided: Decided) -> bool:
+    """Whether a proxy, where one is installed, would stand in front; a rig named by hand has none that we know of."""
+    return bool(decided.replicas) and not decided.named_rig
+
+
+def _commands(decided: Decided) -> tuple[Command, ...]:
+    """All that `mgpu run` would start, beginning with what people talk to; nothing where there is a refusal."""
+    if not _is_proxied(decided):
+        return decided.commands
+    from mgpu.launch.planned import proxied_commands
+
+    command_fors = tuple(replica.command for replica in decided.replicas)
+    return proxied_commands(command_fors, decided.request, os.environ) or decided.commands
 
 
 def print_failure(error: MgpuError) -> None:
@@ -246,10 +314,19 @@ def launch(decided: Decided, prompt: str | None) -> None:
         request=decided.request,
         plan=decided.plan,
     )
-    launch_plan(decided.command_at, launched, prompt=prompt)
+    if not decided.replicas:
+        launch_plan(decided.command_at, launched, prompt=prompt)
+        return
+    from mgpu.launch.proxy import find_proxy
+    from mgpu.launch.together import Copy, launch_copies
+
+    copies = [
+        Copy(launched=replace(launched, plan=replica.plan), command_for=replica.command) for replica in decided.replicas
+    ]
+    launch_copies(copies, find_proxy(os.environ), prompt=prompt)
 
 
-def _ollama_would(model: Model, rig: Rig, plan: Plan) -> tuple[Alternative, ...]:
+def _ollama_would(model: Model, rig: Rig, plan: Plan, job: Job) -> tuple[Alternative, ...]:
     """What Ollama's own scheduler would do with the same file here, where that differs: a prediction."""
     if model.format != "gguf" or plan.refusal is not None or len(rig.gpus) < 2 or not plan.devices:
         return ()
@@ -266,7 +343,7 @@ def _ollama_would(model: Model, rig: Rig, plan: Plan) -> tuple[Alternative, ...]
             gpus=prediction.gpus,
             fits=True,
             short_bytes=0,
-            tok_s=None,
+            tok_s=speed_by_room(job.at_ctx(plan.ctx), prediction.gpus, rig),
             why_not=prediction.reason,
         ),
     )
@@ -302,7 +379,9 @@ def _explain(decided: Decided) -> None:
 
 def _note(decided: Decided) -> None:
     findings = (
-        f"{finding.text}; {finding.hint}" if finding.hint else finding.text for finding in decided.facts.rig.findings
+        f"{finding.text}; {finding.hint}" if finding.hint else finding.text
+        for finding in decided.facts.rig.findings
+        if not finding.usual
     )
     for note in (*decided.facts.notes, *findings):
         click.echo(f"  note: {note}", err=True)
@@ -319,15 +398,18 @@ def _stop_if_refused(plan: Plan) -> None:
 def _line(decided: Decided) -> str:
     command = decided.command
     assert command is not None  # noqa: S101 - callers have stopped at a refusal
-    return shell_line(command, to_scrub(command, os.environ))
+    scrubbed = to_scrub(command, os.environ)
+    return joint_line(decided.commands, scrubbed) if decided.replicas else shell_line(command, scrubbed)
 
 
-def _port(request: Request, *, hypothetical: bool) -> int:
-    if request.port is not None or hypothetical:
-        return request.port or _PLANNED_PORT
-    from mgpu.launch.ports import free_port
+def _ports(request: Request, n: int, *, hypothetical: bool) -> tuple[int, ...]:
+    """`n` ports, the one that was asked for first; free ones only where something is to listen here."""
+    if hypothetical or (request.port is not None and n == 1):
+        first = request.port or _PLANNED_PORT
+        return tuple(range(first, first + n))
+    from mgpu.launch.ports import choose_ports
 
-    return free_port(request.host)
+    return choose_ports(request.host, request.port, n, proxied=False).members
 
 
 def _print_object(told: dict[str, Any]) -> None:

@@ -60,6 +60,11 @@ def detect(adapter: Adapter, environ: Mapping[str, str]) -> Rig:
     return _here(adapter, explicit=None, launching=False, environ=environ).rig
 
 
+def gather_here(adapter: Adapter, *, explicit: str | None, environ: Mapping[str, str]) -> Facts:
+    """This machine and its runtime, whatever profiles say. Raises `RuntimeMissingError` without a runtime."""
+    return _here(adapter, explicit=explicit, launching=True, environ=environ)
+
+
 def find_installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed | None:
     """The runtime as found, asked for its flags; None when there is none. Raises for one that cannot be used."""
     from mgpu.launch.find import find_runtime

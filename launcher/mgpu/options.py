@@ -101,6 +101,53 @@ _PLANNING: Final = (
 )  # fmt: skip
 
 
+_BENCH: Final = (
+    click.option(
+        "--runtime", type=click.Choice(["auto", *RUNTIME_NAMES]), default="auto", show_default=True, help="What serves it: llama.cpp so far."
+    ),
+    click.option("--ctx", type=Context(), metavar="N|max", help="Tokens of context it is loaded with [default: as trained, 8192 at most]."),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="KV-cache type."),
+    click.option("--gpus", metavar="LIST", help="GPUs to measure: indices, names or UUIDs, with commas [default: all]."),
+    click.option(
+        "--offload",
+        type=click.Choice(OFFLOAD_CHOICES),
+        default="auto",
+        show_default=True,
+        help="Whether the CPU may help: auto, only if nothing else fits and it is usable.",
+    ),
+    click.option("--quick", is_flag=True, help="The plan's placement and one needless split only."),
+    click.option("--n-prompt", type=click.IntRange(1), metavar="N", help="Tokens to read [default: 512]."),
+    click.option("--n-gen", type=click.IntRange(2), metavar="N", default=128, show_default=True, help="Tokens to generate."),
+    click.option(
+        "-r", "--repetitions", type=click.IntRange(1), metavar="N", default=3, show_default=True,
+        help="How often; the median counts. Fewer where a minute is over.",
+    ),
+    click.option("--rig", type=RigName(), metavar="NAME|FILE", help="The profile that is used, and keeps the figures; it must be this machine."),
+    click.option("--save", "save_as", metavar="NAME", help="Keep the figures in this profile [default: --rig, the default rig, or this-machine]."),
+    click.option("--no-save", is_flag=True, help="Keep no figures."),
+    click.option("--llama-server", metavar="PATH", help="The llama-server to use [default: found]."),
+    click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON."),
+)  # fmt: skip
+
+
+def bench_options(command: Command) -> Command:
+    """What `bench` can be asked."""
+    for option in reversed(_BENCH):
+        command = option(command)
+    return command
+
+
+def to_bench_request(options: dict[str, Any]) -> Request:
+    """The typed request of `bench`, for one user. Raises `UsageError` for lists that have no meaning."""
+    return Request(
+        runtime=options["runtime"],
+        ctx=options["ctx"],
+        kv_type=options["kv_type"],
+        gpus=_names(options["gpus"]),
+        offload=options["offload"],
+    )
+
+
 def to_request(options: dict[str, Any], runtime_args: tuple[str, ...]) -> Request:
     """The typed request. Raises `UsageError` for sizes and lists that have no meaning."""
     for name in ("host", "api_key"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, TextIO
 
 from mgpu.adapter import Command
@@ -17,10 +17,17 @@ from mgpu.launch.watch import Watch
 _TICK_S: Final = 0.1
 
 
-def print_answer(
-    prompt: str, command: Command, *, api_key: str | None, watch: Watch, stop: StopSignals, out: TextIO
+def print_answer(  # noqa: PLR0913 - one call, by keyword, from a session that holds them all
+    prompt: str,
+    command: Command,
+    *,
+    api_key: str | None,
+    watch: Watch,
+    stop: StopSignals,
+    out: TextIO,
+    others: Sequence[Watch] = (),
 ) -> None:
-    """Ask once, write the pieces to `out` as they come, end with a newline.
+    """Ask once, write the pieces to `out` as they come, end with a newline. `others` stand behind the one we ask.
 
     Reasoning is left out, unless there is nothing else. A reader that goes away (`| head`) ends it quietly.
     Raises `RuntimeFailedError` when the runtime dies or refuses, `InterruptedLaunchError` on a stop signal.
@@ -31,7 +38,7 @@ def print_answer(
     try:
         answered = False
         reasoning: list[str] = []
-        for piece in _as_they_come(client.answer(prompt), watch, stop):
+        for piece in _as_they_come(client.answer(prompt), watch, stop, others):
             if piece.reasoning:
                 reasoning.append(piece.text)
             else:
@@ -44,7 +51,7 @@ def print_answer(
         client.abort()  # llama-server does not end while somebody reads an answer
 
 
-def _as_they_come(answer: Iterator[Piece], watch: Watch, stop: StopSignals) -> Iterator[Piece]:
+def _as_they_come(answer: Iterator[Piece], watch: Watch, stop: StopSignals, others: Sequence[Watch]) -> Iterator[Piece]:
     """The pieces of `answer`, which is read in a thread of its own."""
     asking = Background(answer, stop.wake)
     while True:
@@ -53,7 +60,7 @@ def _as_they_come(answer: Iterator[Piece], watch: Watch, stop: StopSignals) -> I
         try:
             pieces = asking.take()
         except RuntimeFailedError as error:
-            raise explain(error, watch, stop) from error
+            raise explain(error, watch, stop, others) from error
         yield from pieces
         if not pieces:
             if done:

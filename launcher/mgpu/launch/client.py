@@ -34,10 +34,21 @@ _CONTINUATION_TOKENS: Final = 32
 #: Refusals that say nothing about the model: a key given after `--`, a server for embeddings only.
 _CANNOT_ASK: Final = frozenset({401, 403, 404, 405, 501})
 
+#: What a proxy says when the replica that it asked has gone.
+_LOST_BEHIND: Final = frozenset({502, 504})
+_NOT_FOUND: Final = 404
+
+
+class _Usage(Struct, frozen=True):
+    completion_tokens: int = 0
+
 
 class _Completion(Struct, frozen=True):
+    """An answer without streaming: llama-server's own, or OpenAI's."""
+
     content: str = ""
     tokens_predicted: int = 0
+    usage: _Usage | None = None
 
 
 class Client:
@@ -49,6 +60,7 @@ class Client:
     def __init__(self, command: Command, api_key: str | None) -> None:
         self._ready_url = command.ready_url
         self._completion_url = f"{command.ready_url.rpartition('/')[0]}/completion"
+        self._open_url = f"{command.endpoint.rstrip('/')}/completions"
         self._chat_url = f"{command.endpoint.rstrip('/')}/chat/completions"
         self._chat = command.chat
         self._headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
@@ -65,7 +77,7 @@ class Client:
     def knock(self, is_ours: Callable[[], bool]) -> Iterator[bool]:
         """Poll until it is up and `is_ours()`, then yield what `generate_one` returns."""
         started = time.monotonic()
-        while not (self.is_up() and is_ours()):
+        while not (self.is_up() and is_ours() and self.is_up()):  # the first may have been another's that has gone
             if self.aborted.wait(_pause(time.monotonic() - started)):
                 return
         yield self.generate_one()
@@ -80,28 +92,37 @@ class Client:
 
     def generate_one(self) -> bool:
         """Ask for one token. False when the server says that it cannot be asked; raises when none comes."""
-        body = {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}
+        own = {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}
+        openai = {"prompt": "Hello", "max_tokens": 1}
         try:
-            with self._request("POST", self._completion_url, body, _TOKEN_TIMEOUT_S) as response:
-                if response.status in _CANNOT_ASK:
-                    return False
-                _check_token(response.status, response.read())
+            for url, body in ((self._completion_url, own), (self._open_url, openai)):
+                with self._request("POST", url, body, _TOKEN_TIMEOUT_S) as response:
+                    if response.status not in _CANNOT_ASK:
+                        _check_token(response.status, response.read())
+                        return True
+                    if response.status != _NOT_FOUND:
+                        return False
         except (OSError, HTTPException) as error:
             raise _lost(error, "the first token") from error
-        return True
+        return False
 
     def answer(self, prompt: str) -> Iterator[Piece]:
         """The answer to `prompt` as it comes: through the model's chat template, or without where it has none."""
         chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": _ANSWER_TOKENS, "stream": True}
         plain = {"prompt": prompt, "n_predict": _CONTINUATION_TOKENS, "stream": True}
+        openai = {"prompt": prompt, "max_tokens": _CONTINUATION_TOKENS, "stream": True}
+        ways = ((self._chat_url, chat), (self._completion_url, plain), (self._open_url, openai))
         refusal = ""
         try:
-            for url, body in ((self._chat_url, chat), (self._completion_url, plain))[0 if self._chat else 1 :]:
+            for url, body in ways[0 if self._chat else 1 :]:
                 with self._request("POST", url, body, _TOKEN_TIMEOUT_S) as response:
                     if response.status == _OK:
                         yield from read_pieces(_lines(response))
                         return
-                    refusal = f"HTTP {response.status}: {error_message(response.read())}"
+                    if response.status in _LOST_BEHIND:
+                        raise LostError(f"lost the question (HTTP {response.status})")
+                    if response.status != _NOT_FOUND or not refusal:
+                        refusal = f"HTTP {response.status}: {error_message(response.read())}"
         except (OSError, HTTPException) as error:
             raise _lost(error, "the answer") from error
         raise RuntimeFailedError(f"refused the question with {refusal}")
@@ -156,7 +177,8 @@ def _check_token(status: int, body: bytes) -> None:
         completion = msgspec.json.decode(body, type=_Completion)
     except msgspec.DecodeError as error:
         raise RuntimeFailedError(f"answered the first request with something else than JSON: {body[:80]!r}") from error
-    if not (completion.content or completion.tokens_predicted):
+    counted = completion.tokens_predicted or (completion.usage is not None and completion.usage.completion_tokens)
+    if not (completion.content or counted):
         raise RuntimeFailedError("answered the first request without a token")
 
 

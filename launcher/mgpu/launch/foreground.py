@@ -41,7 +41,7 @@ def launch_plan(command_at: Callable[[int], Command], launched: Launched, *, pro
 def ready_lines(launched: Launched, ready: Ready, *, stays: bool) -> tuple[str, ...]:
     """What is said once it answers. Plan and report are kept for the rig on the way."""
     lines = [f"  ready after {ready.seconds:.1f} s: {ready.command.endpoint}"]
-    lines += _placement_lines(launched, ready)
+    lines += placement_lines(launched, ready)
     if not ready.proven:
         lines.append("  note: it listens, but could not be asked for a token")
     if stays:
@@ -49,7 +49,7 @@ def ready_lines(launched: Launched, ready: Ready, *, stays: bool) -> tuple[str, 
     return tuple(lines)
 
 
-def _placement_lines(launched: Launched, ready: Ready) -> list[str]:
+def placement_lines(launched: Launched, ready: Ready) -> list[str]:
     """Where it is not placed as planned, and the log that has it. A log that cannot be written is a note."""
     places = measure(launched.plan, ready.command.devices, ready.buffers)
     if not places:

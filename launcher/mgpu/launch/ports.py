@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
+
+from msgspec import Struct
 
 from mgpu.errors import RuntimeFailedError, UsageError
 
 FIRST_PORT: Final = 8080  # llama.cpp's own until b11434 (it is 9931 from b11549 on: common/common.h)
+#: Replicas behind a proxy are for it alone, wherever it listens itself.
+LOOPBACK: Final = "127.0.0.1"
 _TRIES: Final = 1000
 _LAST_PORT: Final = 65535
+
+
+class Ports(Struct, frozen=True, kw_only=True):
+    """`front`: where people go. `members`: the replicas', which are others unless the first is in front itself."""
+
+    front: int
+    members: tuple[int, ...]
 
 
 def free_port(host: str, *, wanted: int | None = None, start: int = FIRST_PORT) -> int:
@@ -38,6 +51,22 @@ def free_port(host: str, *, wanted: int | None = None, start: int = FIRST_PORT) 
     return wanted
 
 
+def choose_ports(host: str, wanted: int | None, n_members: int, *, proxied: bool, start: int = FIRST_PORT) -> Ports:
+    """Free ones: `wanted` (or one from `start` up) in front, then the next. Behind a proxy, replicas are on 127.0.0.1.
+
+    Raises as `free_port` does.
+    """
+    front = free_port(host, wanted=wanted, start=start)
+    after = max(front + 1, start) if front + _TRIES <= _LAST_PORT else FIRST_PORT
+    members = [] if proxied else [front]
+    while len(members) < n_members:
+        port = free_port(LOOPBACK if proxied else host, start=after)
+        after = port + 1
+        if port != front:
+            members.append(port)
+    return Ports(front=front, members=tuple(members))
+
+
 def is_free(host: str, port: int) -> bool:
     """Whether every address of `host` can be bound at `port`. Raises `UsageError` when none of them ever could."""
     bound = 0
@@ -58,6 +87,28 @@ def is_free(host: str, port: int) -> bool:
             f"--host {host} is not an address of this machine", hint="use 127.0.0.1, or 0.0.0.0 to be seen from outside"
         )
     return True
+
+
+@contextmanager
+def held(host: str, port: int) -> Iterator[ExitStack]:
+    """Keep `port` from other programs without answering there, until the stack yielded is closed, or at the end.
+
+    Bound without SO_REUSEADDR, and not listening: nobody else can bind it, and clients are refused as before.
+    Where that cannot be done (a connection in TIME_WAIT), the port is left as it is.
+    """
+    with ExitStack() as stack:
+        for family, address in _addresses(host, port):
+            server = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            with suppress(OSError):
+                if family is socket.AF_INET6:
+                    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                server.bind(address)
+        yield stack
+
+
+def literal_addresses(host: str, port: int) -> tuple[str, ...]:
+    """What `host` stands for, as the numbers of IPv4 and IPv6. Raises `UsageError` for a name nobody knows."""
+    return tuple(str(address[0]) for _, address in _addresses(host, port))
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:

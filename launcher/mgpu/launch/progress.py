@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
@@ -20,24 +21,13 @@ def say(stream: TextIO, text: str) -> None:
         stream.flush()
 
 
-class LoadingLine:
-    """Draws `Loading`s without colours or escape sequences, so NO_COLOR and dumb terminals need no care."""
+class _Line:
+    """A line that rewrites itself, without colours or escape sequences: NO_COLOR and dumb terminals need no care."""
 
-    def __init__(self, stream: TextIO, *, expected_bytes: int) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._expected_bytes = expected_bytes
         self._columns = _columns(stream)
-        self._stage = ""
         self._drawn = 0
-
-    def __call__(self, loading: Loading) -> None:
-        if loading.seconds < _QUIET_S:
-            return
-        if self._columns:
-            self._draw(describe(loading, self._expected_bytes)[: self._columns - 1])
-        elif loading.stage != self._stage:
-            self._stage = loading.stage
-            say(self._stream, f"{loading.seconds:6.1f} s  {loading.stage}")
 
     def close(self) -> None:
         """Leave no trace of the rewriting line."""
@@ -46,6 +36,7 @@ class LoadingLine:
             self._drawn = 0
 
     def _draw(self, text: str) -> None:
+        text = text[: self._columns - 1]
         self._write(f"\r{text.ljust(self._drawn)}")
         self._drawn = len(text)
 
@@ -53,6 +44,47 @@ class LoadingLine:
         with suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
+
+
+class LoadingLine(_Line):
+    """Draws the `Loading`s of one runtime."""
+
+    def __init__(self, stream: TextIO, *, expected_bytes: int) -> None:
+        super().__init__(stream)
+        self._expected_bytes = expected_bytes
+        self._stage = ""
+
+    def __call__(self, loading: Loading) -> None:
+        if loading.seconds < _QUIET_S:
+            return
+        if self._columns:
+            self._draw(describe(loading, self._expected_bytes))
+        elif loading.stage != self._stage:
+            self._stage = loading.stage
+            say(self._stream, f"{loading.seconds:6.1f} s  {loading.stage}")
+
+
+class JointLine(_Line):
+    """Draws the `Loading`s of several runtimes that load at the same time, in the order of their `names`."""
+
+    def __init__(self, stream: TextIO, names: Sequence[str], *, expected_bytes: int) -> None:
+        super().__init__(stream)
+        self._names = names
+        self._expected_bytes = expected_bytes
+        self._stages = [""] * len(names)
+
+    def __call__(self, loadings: Sequence[Loading]) -> None:
+        seconds = max(loading.seconds for loading in loadings)
+        if seconds < _QUIET_S:
+            return
+        if self._columns:
+            self._draw(describe_all(self._names, loadings, self._expected_bytes))
+            return
+        for place, loading in enumerate(loadings):
+            stage = "ready" if loading.ready else loading.stage
+            if stage != self._stages[place]:
+                self._stages[place] = stage
+                say(self._stream, f"{seconds:6.1f} s  {self._names[place]}: {stage}")
 
 
 def describe(loading: Loading, expected_bytes: int) -> str:
@@ -63,6 +95,19 @@ def describe(loading: Loading, expected_bytes: int) -> str:
     elif loading.rss_bytes:
         size = f"  ~{gib(loading.rss_bytes)}"
     return f"{loading.seconds:6.1f} s{size}  {loading.stage}"
+
+
+def describe_all(names: Sequence[str], loadings: Sequence[Loading], expected_bytes: int) -> str:
+    """`"  12.3 s  ~3.1 of 9.2 GiB  1 of 2 ready, GPU 1: loading the weights"`. `expected_bytes`: by all together."""
+    n_ready = sum(loading.ready for loading in loadings)
+    pairs = zip(names, loadings, strict=True)
+    slowest = next((f", {name}: {loading.stage}" for name, loading in pairs if not loading.ready), "")
+    joint = Loading(
+        stage=f"{n_ready} of {len(names)} ready{slowest}",
+        seconds=max(loading.seconds for loading in loadings),
+        rss_bytes=sum(loading.rss_bytes for loading in loadings),
+    )
+    return describe(joint, expected_bytes)
 
 
 def _columns(stream: TextIO) -> int:

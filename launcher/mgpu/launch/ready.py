@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Final, Self
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -28,6 +29,7 @@ class Loading(Struct, frozen=True, kw_only=True):
     stage: str
     seconds: float
     rss_bytes: int
+    ready: bool = False
 
 
 def wait_ready(
@@ -44,47 +46,105 @@ def wait_ready(
     Raises `RuntimeFailedError` when it dies, breaks off or does nothing for `stall_s`; `InterruptedLaunchError`
     within a moment of a stop signal, whatever the server does.
     """
-    from mgpu.launch.client import Client  # http.client: 25 ms, spent while the model loads
-
-    started = time.monotonic()
-    client = Client(command, api_key)
-    knocking = Background(client.knock(lambda: _is_ours(watch.child.pid, command.ready_url)), stop.wake)
-    activity = _Activity(watch, stall_s)
-    try:
-        while not knocking.done:
-            stop.wait(_TICK_S)
-            watch.update()
-            stop.check()
-            if watch.child.poll() is not None:
-                raise watch.death("before it was ready")
-            activity.check()
-            on_progress(Loading(stage=watch.stage, seconds=time.monotonic() - started, rss_bytes=activity.rss_bytes))
-        proven = _outcome(knocking, watch, stop)
-    finally:
-        client.abort()
-        knocking.join(_PATIENCE_S)
-    if watch.child.poll() is not None:
-        raise watch.death("as soon as it was ready")
-    watch.finish()
+    (proven,) = wait_all_ready(
+        [(watch, command)],
+        stop=stop,
+        api_key=api_key,
+        on_progress=lambda loadings: on_progress(loadings[0]),
+        stall_s=stall_s,
+    )
     return proven
 
 
-def explain(error: RuntimeFailedError, watch: Watch, stop: StopSignals) -> RuntimeFailedError:
-    """The whole story of a failed request: how the process behind it ended, if it does, and what its log says."""
+def wait_all_ready(
+    started: Sequence[tuple[Watch, Command]],
+    *,
+    stop: StopSignals,
+    api_key: str | None = None,
+    on_progress: Callable[[tuple[Loading, ...]], None] = lambda _: None,
+    stall_s: float = STALL_S,
+) -> tuple[bool, ...]:
+    """As `wait_ready`, for runtimes that load at the same time: the first that fails is raised at once."""
+    with ExitStack() as stack:
+        waits = [stack.enter_context(_Wait(watch, command, stop, api_key, stall_s)) for watch, command in started]
+        while any(wait.proven is None for wait in waits):
+            stop.wait(_TICK_S)
+            stop.check()
+            on_progress(tuple(wait.look() for wait in waits))
+        return tuple(wait.proven is True for wait in waits)
+
+
+def explain(
+    error: RuntimeFailedError, watch: Watch, stop: StopSignals, others: Sequence[Watch] = ()
+) -> RuntimeFailedError:
+    """The whole story of a failed request: how the process behind it ended, if it does, and what its log says.
+
+    `watch` is whom we asked; `others` are those it may have asked in turn.
+    """
     deadline = time.monotonic() + (_LAST_WORDS_S if isinstance(error, LostError) else 0)
-    while watch.child.poll() is None and time.monotonic() < deadline:
+    while (dead := first_dead((*others, watch))) is None and time.monotonic() < deadline:
         stop.wait(_TICK_S)
         stop.check()
-    if watch.child.poll() is None:
+    if dead is None:
         return watch.failure(error.message)
-    return watch.death(f"and {error.message}")
+    return dead.death(f"and {error.message}")
 
 
-def _outcome(knocking: Background[bool], watch: Watch, stop: StopSignals) -> bool:
-    try:
-        return knocking.take()[0]
-    except RuntimeFailedError as error:
-        raise explain(error, watch, stop) from error
+def first_dead(watches: Sequence[Watch]) -> Watch | None:
+    """The first of them that has ended."""
+    return next((watch for watch in watches if watch.child.poll() is not None), None)
+
+
+class _Wait:
+    """One runtime on its way to readiness. `proven` is None until it is ready, then what `wait_ready` returns."""
+
+    def __init__(self, watch: Watch, command: Command, stop: StopSignals, api_key: str | None, stall_s: float) -> None:
+        from mgpu.launch.client import Client  # http.client: 25 ms, spent while the model loads
+
+        self.proven: bool | None = None
+        self._watch = watch
+        self._stop = stop
+        self._started = time.monotonic()
+        self._client = Client(command, api_key)
+        self._knocking = Background(self._client.knock(lambda: _is_ours(watch.child.pid, command.ready_url)), stop.wake)
+        self._activity = _Activity(watch, stall_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.abort()
+        self._knocking.join(_PATIENCE_S)
+
+    def look(self) -> Loading:
+        """How far it is. Raises when it has died, does nothing, or did not give its token."""
+        watch = self._watch
+        if self.proven is not None:
+            if watch.child.poll() is not None:
+                raise watch.death("while others were loading")
+        else:
+            watch.update()
+            if watch.child.poll() is not None:
+                raise watch.death("before it was ready")
+            self._activity.check()
+            if self._knocking.done:
+                self._settle()
+        return Loading(
+            stage=watch.stage,
+            seconds=time.monotonic() - self._started,
+            rss_bytes=self._activity.rss_bytes,
+            ready=self.proven is not None,
+        )
+
+    def _settle(self) -> None:
+        try:
+            proven = self._knocking.take()[0]
+        except RuntimeFailedError as error:
+            raise explain(error, self._watch, self._stop) from error
+        if self._watch.child.poll() is not None:
+            raise self._watch.death("as soon as it was ready")
+        self._watch.finish()
+        self.proven = proven
 
 
 def _is_ours(pid: int, url: str) -> bool:

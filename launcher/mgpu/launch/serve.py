@@ -16,18 +16,21 @@ from mgpu.launch.ask import print_answer
 from mgpu.launch.ports import FIRST_PORT, free_port, is_free
 from mgpu.launch.process import Child, environment
 from mgpu.launch.progress import LoadingLine, say
-from mgpu.launch.ready import wait_ready
+from mgpu.launch.ready import Loading, wait_ready
 from mgpu.launch.signals import StopSignals
 from mgpu.launch.watch import Watch
 
 _PORT_TRIES: Final = 3
 
+#: What to do with a runtime that is ready: its command, its log so far, and who may want it stopped.
+Task = Callable[[Command, Watch, StopSignals], None]
+
 
 class Launch(Struct, frozen=True, kw_only=True):
     """What to launch and how. `command_for` is called with the port; `environ` is what `Command.env` is set on top of.
 
-    `port` None: a free one from 8080 up. `prompt`: answer this one question instead of staying.
-    `expected_bytes` is what loading will read, for the progress line.
+    `port` None: a free one from 8080 up. `prompt`: answer this one question instead of staying; `task`: do this.
+    `expected_bytes` is what loading will read, for the progress line; `on_loading` takes that line's place.
     """
 
     command_for: Callable[[int], Command]
@@ -39,6 +42,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     expected_bytes: int = 0
     prompt: str | None = None
+    task: Task | None = None
+    on_loading: Callable[[Loading], None] | None = None
 
 
 class Ready(Struct, frozen=True, kw_only=True):
@@ -65,8 +70,8 @@ def serve(
 ) -> int:
     """Run `launch` in the foreground of the main thread; whatever happens, nothing of it runs afterwards.
 
-    Returns 0 after a `prompt` was answered. Else it ends with `InterruptedLaunchError` (SIGINT, SIGTERM, SIGHUP;
-    a second one kills at once), or with `RuntimeFailedError` when the runtime does not start or dies.
+    Returns 0 after a `prompt` was answered or a `task` done. Else it ends with `InterruptedLaunchError` (SIGINT,
+    SIGTERM, SIGHUP; a second one kills at once), or with `RuntimeFailedError` when the runtime does not start or dies.
     """
     out, err = out or sys.stdout, err or sys.stderr
     start, tries = FIRST_PORT, 0
@@ -97,26 +102,34 @@ class _Session:
     def run(self, on_ready: Callable[[Ready], None], out: TextIO, *, may_move: bool) -> None:
         """Raises `_PortTakenError` only if `may_move`."""
         launch, command = self.launch, self.command
-        _write_files(command.files)
+        write_files(command.files)
         started = time.monotonic()
         child = Child.start((*command.argv, *command.watch_argv), environment(command, launch.environ), launch.log_path)
         try:
             with Watch(child, launch.adapter) as watch:
                 proven = self._load(watch, may_move=may_move)
                 on_ready(self._ready(watch, time.monotonic() - started, proven=proven))
-                if launch.prompt is None:
-                    self._stay(watch)
-                print_answer(launch.prompt, command, api_key=launch.api_key, watch=watch, stop=self.stop, out=out)
+                self._use(watch, out)
         except InterruptedLaunchError:
             say(self.err, f"stopping {child.name} (once more: kill it)")
             raise
         finally:
             self._end(child)
 
+    def _use(self, watch: Watch, out: TextIO) -> None:
+        launch = self.launch
+        if launch.task is not None:
+            launch.task(self.command, watch, self.stop)
+        elif launch.prompt is not None:
+            print_answer(launch.prompt, self.command, api_key=launch.api_key, watch=watch, stop=self.stop, out=out)
+        else:
+            self._stay(watch)
+
     def _load(self, watch: Watch, *, may_move: bool) -> bool:
-        line = LoadingLine(self.err, expected_bytes=self.launch.expected_bytes)
+        launch, line = self.launch, LoadingLine(self.err, expected_bytes=self.launch.expected_bytes)
+        told = launch.on_loading or line
         try:
-            return wait_ready(watch, self.command, stop=self.stop, api_key=self.launch.api_key, on_progress=line)
+            return wait_ready(watch, self.command, stop=self.stop, api_key=launch.api_key, on_progress=told)
         except RuntimeFailedError as error:
             if may_move and watch.child.poll() is not None and not is_free(self.launch.host, self.port):
                 raise _PortTakenError from error
@@ -148,7 +161,7 @@ class _Session:
             say(self.err, f"process {child.pid} does not end, even killed: it is stuck inside a driver or a disk")
 
 
-def _write_files(files: Mapping[str, str]) -> None:
+def write_files(files: Mapping[str, str]) -> None:
     """What the runtime reads beside its arguments: paths to texts."""
     for name, text in files.items():
         path = Path(name)

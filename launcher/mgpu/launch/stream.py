@@ -1,4 +1,4 @@
-"""A streamed answer: the server-sent events of OpenAI's chat completions, or of llama.cpp's /completion."""
+"""A streamed answer: the server-sent events of OpenAI's (chat) completions, or of llama.cpp's /completion."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class _Delta(Struct, frozen=True):
 
 class _Choice(Struct, frozen=True):
     delta: _Delta = _Delta()
+    text: str | None = None  # OpenAI's older /v1/completions
 
 
 class _Error(Struct, frozen=True):
@@ -77,6 +78,8 @@ def _pieces_of(data: bytes) -> Iterator[Piece]:
     if event.content:
         yield Piece(text=event.content)
     for choice in event.choices:
+        if choice.text:
+            yield Piece(text=choice.text)
         if choice.delta.reasoning_content:
             yield Piece(text=choice.delta.reasoning_content, reasoning=True)
         if choice.delta.content:

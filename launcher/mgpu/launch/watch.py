@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
-from mgpu.adapter import Adapter, Buffer, Cause, Stage
+from mgpu.adapter import Buffer, Cause, LogFact, Stage
 from mgpu.errors import RuntimeFailedError
 from mgpu.launch.logs import LogTail, last_lines
 from mgpu.launch.process import Child, describe_exit
@@ -12,11 +12,21 @@ from mgpu.launch.process import Child, describe_exit
 _LAST_LINES: Final = 8
 
 
-class Watch:
-    """Reads the log of `child` through `adapter.read_log`. `buffers` are in the log's order, as printed."""
+class LogReader(Protocol):
+    """What an adapter knows of its runtime's log."""
 
-    def __init__(self, child: Child, adapter: Adapter) -> None:
+    def read_log(self, line: str) -> LogFact | None: ...
+
+
+class Watch:
+    """Reads the log of `child` through `adapter.read_log`. `buffers` are in the log's order, as printed.
+
+    `name` is what errors call it ("llama-server on GPU 1"); by default, that of its executable.
+    """
+
+    def __init__(self, child: Child, adapter: LogReader, *, name: str = "") -> None:
         self.child = child
+        self.name = name or child.name
         self.stage = "starting"
         self.buffers: list[Buffer] = []
         self._adapter = adapter
@@ -46,7 +56,7 @@ class Watch:
         """`what` went wrong, with the cause that the log gives if it is a known one, and the log's last lines."""
         self.finish()
         log = self.child.log_path
-        name = self.child.name
+        name = self.name
         if self._cause is None:
             message, hint = f"{name} {what}", f"the whole log: {log}"
         else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
+
+import msgspec
 
 from mgpu.adapter import Command
 from mgpu.errors import MgpuError
 from mgpu.model import Model
-from mgpu.plan import Alternative, DevicePlan, Plan, Speed
+from mgpu.plan import Alternative, DevicePlan, Plan, Speed, Wait
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig
 
 SCHEMA: Final = 1
 
 
-def decision(model: Model, rig: Rig, request: Request, plan: Plan, command: Command | None) -> dict[str, Any]:
-    """The object of `plan --json` and `run --json`; a refusal or a misfit has `error` in place of `command`."""
+def decision(model: Model, rig: Rig, request: Request, plan: Plan) -> dict[str, Any]:
+    """The object of `plan --json` and `run --json`, without `command`; a refusal or a misfit has `error` instead."""
     told: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model_object(model),
@@ -26,8 +29,6 @@ def decision(model: Model, rig: Rig, request: Request, plan: Plan, command: Comm
     if plan.refusal is not None:
         refusal = plan.refusal
         told["error"] = {"code": refusal.code, "message": refusal.message, "hint": refusal.hint}
-    elif command is not None:
-        told["command"] = command_object(command)
     return told
 
 
@@ -56,11 +57,18 @@ def rig_object(rig: Rig) -> dict[str, Any]:
         "name": rig.name,
         "source": rig.source,
         "gpus": [_gpu(gpu) for gpu in rig.gpus],
-        "links": [{"gpus": list(link.gpus), "kind": link.kind} for link in rig.links],
+        "links": [
+            {"gpus": list(link.gpus), "kind": link.kind, "n_links": link.n_links, "path": link.path}
+            for link in rig.links
+        ],
         "ram_bytes": rig.ram_bytes,
         "ram_free_bytes": rig.ram_free_bytes,
+        "ram_bandwidth_bytes_per_s": rig.ram_bandwidth_bytes_per_s,
+        "cpu_cores": rig.cpu_cores,
+        "psu_watts": rig.psu_watts,
         "driver": rig.driver,
         "findings": [{"text": finding.text, "hint": finding.hint} for finding in rig.findings],
+        "measured": [msgspec.to_builtins(measured) for measured in rig.measured],
     }
 
 
@@ -99,21 +107,28 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         },
         "tensor_split": None if plan.tensor_split is None else list(plan.tensor_split),
         "tok_s": _speed(plan.tok_s),
+        "prompt_tok_s": _speed(plan.forecast.prompt_tok_s),
+        "first_token_s": _wait(plan.forecast.first_token),
+        "total_tok_s": _speed(plan.forecast.total_tok_s),
+        "users_each": plan.users_each,
         "rules": [
             {"id": rule.id, "verdict": rule.verdict, "text": rule.text, "source": rule.source} for rule in plan.rules
         ],
         "alternatives": [_alternative(alternative) for alternative in plan.alternatives],
+        "changes": list(plan.changes),
         "warnings": list(plan.warnings),
     }
 
 
-def command_object(command: Command) -> dict[str, Any]:
+def command_object(command: Command, unset: Sequence[str]) -> dict[str, Any]:
+    """`unset`: the caller's variables that are to be taken away."""
     return {
         "argv": list(command.argv),
         "env": dict(command.env),
         "files": dict(command.files),
         "ready_url": command.ready_url,
         "endpoint": command.endpoint,
+        "unset": list(unset),
     }
 
 
@@ -131,7 +146,13 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
         "compute_capability": gpu.compute_capability,
         "enabled": gpu.enabled,
         "unified": gpu.unified,
+        "integrated": gpu.integrated,
         "display": gpu.display,
+        "numa_node": gpu.numa_node,
+        "pci_bus_id": gpu.pci_bus_id,
+        "device": gpu.device,
+        "power_limit_watts": gpu.power_limit_watts,
+        "max_tensor_bytes": gpu.max_tensor_bytes,
         "reserve_bytes": gpu.reserve_bytes,
         "processes": list(gpu.processes),
     }
@@ -163,6 +184,7 @@ def _alternative(alternative: Alternative) -> dict[str, Any]:
         "fits": alternative.fits,
         "short_bytes": alternative.short_bytes,
         "tok_s": _speed(alternative.tok_s),
+        "total_tok_s": _speed(alternative.total_tok_s),
         "why_not": alternative.why_not,
     }
 
@@ -176,6 +198,13 @@ def _speed(speed: Speed | None) -> dict[str, float | bool] | None:
         "high": round(speed.high, 2),
         "measured": speed.measured,
     }
+
+
+def _wait(wait: Wait | None) -> dict[str, float | int] | None:
+    if wait is None:
+        return None
+    figures = {"expected": wait.expected, "low": wait.low, "high": wait.high}
+    return {"prompt_tokens": wait.prompt_tokens} | {name: round(value, 3) for name, value in figures.items()}
 
 
 def model_report(model: Model, kv_bytes_per_token: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mgpu.adapter import Command
 from mgpu.model import Model
@@ -12,7 +12,7 @@ from mgpu.rig import short_name
 from mgpu.units import gib, gib_of
 
 #: Rules whose verdicts `run` shows in its few lines; `plan` shows all.
-_TELLING = ("fits-one-card", "fastest-card", "fewest-cards", "split-by-layers", "cpu-offload-last")
+_TELLING = ("fits-one-card", "fastest-card", "fewest-cards", "split-by-layers", "many-users", "cpu-offload-last")
 
 
 def run_lines(model: Model, plan: Plan) -> tuple[str, ...]:
@@ -45,6 +45,18 @@ def where(plan: Plan) -> str:
     return f"on {' + '.join(parts)}, {context}"
 
 
+def indices(gpus: Sequence[int]) -> str:
+    """`"0+2"`, `"0-7"`: rig indices, in order; a run of three and more as a range."""
+    runs: list[list[int]] = []
+    for gpu in gpus:
+        if runs and gpu == runs[-1][-1] + 1:
+            runs[-1].append(gpu)
+        else:
+            runs.append([gpu])
+    words = (f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
+    return "+".join(words)
+
+
 def name_of(device: DevicePlan) -> str:
     """`"GPU 0 (RTX 3090)"`."""
     return f"GPU {device.gpu} ({short_name(device.name)})"
@@ -72,6 +84,16 @@ def shell_line(command: Command, scrubbed: tuple[str, ...] = ()) -> str:
     return " ".join([*assignments, shlex.join(command.argv)])
 
 
+def joint_line(commands: Sequence[Command], scrubbed: tuple[str, ...] = ()) -> str:
+    """One line that runs several commands at once, and ends them all on Ctrl-C: for sh, bash and zsh.
+
+    By their process ids, not by group: in a script, the group is the caller's own.
+    """
+    lines = [f"{shell_line(command, scrubbed)} & p{place}=$!;" for place, command in enumerate(commands)]
+    everyone = " ".join(f"$p{place}" for place in range(len(commands)))
+    return f"( trap 'kill {everyone} 2>/dev/null; wait' EXIT; trap 'exit 130' INT TERM HUP; {' '.join(lines)} wait )"
+
+
 def to_scrub(command: Command, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The caller's variables that would change the runtime's mind behind the plan's back."""
     return tuple(sorted(name for name in environ if name.startswith(command.scrub)))
@@ -84,4 +106,8 @@ def _share(device: DevicePlan, plan: Plan) -> str:
 
 def _tells(verdict: RuleVerdict, plan: Plan) -> bool:
     """What passes goes without saying, and so does where a plan for the CPU alone runs: the line above has it."""
-    return verdict.id in _TELLING and verdict.verdict != "passes" and plan.placement != "cpu"
+    if verdict.quiet or verdict.verdict == "passes":
+        return False
+    if verdict.verdict == "warns" and verdict.id != "cpu-offload-last":
+        return True
+    return verdict.id in _TELLING and plan.placement != "cpu"

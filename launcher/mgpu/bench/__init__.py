@@ -1,0 +1,1 @@
+"""`mgpu bench MODEL`: how fast this rig really is, placement by placement, kept in its profile."""
