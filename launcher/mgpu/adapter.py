@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, Protocol
+from collections.abc import Generator, Mapping
+from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
 
@@ -107,6 +107,86 @@ class Cause(Struct, frozen=True, kw_only=True):
 
 
 LogFact = Stage | Buffer | Cause
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """One HTTP request to a service that is already running. `body` goes as JSON; `upload` is a file sent as it is.
+
+    `stream`: the answer is a JSON object a line (NDJSON), or server-sent events; each comes as an `Answer` of its own.
+    """
+
+    method: Literal["GET", "HEAD", "POST", "DELETE"]
+    url: str
+    body: Mapping[str, Any] | None = None
+    upload: str | None = None
+    headers: Mapping[str, str] = {}
+    timeout_s: float = 30.0
+    stream: bool = False
+
+
+class More(Struct, frozen=True, kw_only=True):
+    """Asks for the next object of the stream that the last `Call` opened."""
+
+
+class Told(Struct, frozen=True, kw_only=True):
+    """Something to show while a service works: a stage, and how far it is where that is known (`total` 0: unknown)."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What came back: `body` is the decoded JSON, or the text where it is none. `end`: the stream has no more.
+
+    `status` 0: nobody answered; `body` says why.
+    """
+
+    status: int
+    body: Any = None
+    end: bool = True
+
+
+#: A conversation with a service, without I/O: yields what to ask or to show, is sent the answer to each `Call` and
+#: `More` (None after a `Told`), and raises `RuntimeFailedError` for what went wrong. `launch` holds the other end.
+Talk = Generator[Call | More | Told, "Answer | None", None]
+
+
+class Service(Struct, frozen=True, kw_only=True):
+    """A runtime that people leave running: where it listens unless `variable` says otherwise, and how to ask for it.
+
+    `probe` is asked of the base URL with GET; the adapter's `installed` finds the answer in `Probe.outputs` by path.
+    """
+
+    variable: str
+    url: str  # "http://127.0.0.1:11434"
+    probe: tuple[str, ...]  # paths: "/api/version"
+
+
+class Attachment(Protocol):
+    """A model made ready on a service that runs by itself, used, and given back. Three talks; immutable."""
+
+    @property
+    def endpoint(self) -> str:
+        """The base URL for OpenAI-compatible clients, once it has begun."""
+        ...
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        ...
+
+    def begin(self) -> Talk:
+        """Up to a model that answers: proven by a token."""
+        ...
+
+    def check(self) -> Talk:
+        """Asked now and then while it is used: raises when the service or the model has gone."""
+        ...
+
+    def end(self) -> Talk:
+        """Gives back what `begin` took, as far as it got; asked also after a failed `begin`."""
+        ...
 
 
 class Pinned(Struct, frozen=True, kw_only=True):
@@ -245,6 +325,9 @@ class Job(Protocol):
         ...
 
     def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command: ...
+    def attachment(self, layout: Layout, rig: Rig) -> Attachment | None:
+        """How to use a service that runs already; None where `command` starts the runtime."""
+        ...
 
 
 class Projected(Struct, frozen=True, kw_only=True):
@@ -316,6 +399,11 @@ class Adapter(Protocol):
     @property
     def device_probe(self) -> str | None:
         """The flag that lists devices (it may open them, so it is asked only when needed)."""
+        ...
+
+    @property
+    def service(self) -> Service | None:
+        """Where the runtime is asked for, if it is one that people leave running."""
         ...
 
     @property

@@ -48,6 +48,7 @@ class LlamaCpp:
     )
     probes = ("--version", "--help")
     device_probe = "--list-devices"
+    service = None
 
     @property
     def projector(self) -> Projector:

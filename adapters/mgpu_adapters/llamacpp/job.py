@@ -145,6 +145,9 @@ class LlamaJob:
             given=self._given,
         )
 
+    def attachment(self, layout: Layout, rig: Rig) -> None:
+        """It is started, never attached to."""
+
     def _with(self, settings: Settings) -> LlamaJob:
         return LlamaJob(self._request, self._installed, self._given, self._need.with_settings(settings))
 

@@ -35,6 +35,7 @@ class Vllm:
     search = Search(variable="MGPU_VLLM", executables=("vllm",), package_files=(), install=_INSTALL)
     probes = ("--version",)  # `--help` names no flags of `serve`, and importing vLLM takes seconds each time
     device_probe = None
+    service = None
     projector = None
 
     def installed(self, probe: Probe) -> Installed:

@@ -136,6 +136,9 @@ class VllmJob:
             need = self._ranks[shape.n_devices] = self._need.ranked(shape.n_devices)
         return need
 
+    def attachment(self, layout: Layout, rig: Rig) -> None:
+        """It is started, never attached to."""
+
     def _with(self, settings: Settings) -> VllmJob:
         return VllmJob(self._request, self._installed, self._given, self._need.with_settings(settings))
 
