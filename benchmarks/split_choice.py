@@ -2,9 +2,10 @@
 
     python benchmarks/split_choice.py --llama-server BIN/llama-server --rpc-server BIN/ggml-rpc-server [--rounds N]
 
-Two of llama.cpp's RPC workers on this machine stand for two cards: one with all cores, one with a single thread. Each
-is given room for a part of the model only. mgpu is told what each worker measured alone, and chooses; then every split
-by whole layers that fits is run in turn, `--rounds` times over, and so is the runtime's own default (by free memory).
+Two of llama.cpp's RPC workers on this machine stand for two cards: one computes with all cores, one with a single thread.
+Each is given room for a part of the model only. mgpu is told what each worker measured alone, and chooses; then every
+split by whole layers that fits is run in turn, `--rounds` times over, and so is the runtime's own default (by free
+memory). Nothing else should be running meanwhile.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Worker(Struct, frozen=True, kw_only=True):
     """One RPC worker, as a card."""
 
     endpoint: str
-    threads: int
+    name: str
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def measure(server: str, path: Path, workers: list[Worker], rounds: int) -> None
         stored = job.stored(everything, shape, gpu)
         room = int(ROOM * stored) + job.device(everything, shape, gpu).total - stored
         gpus.append(replace(gpu, bandwidth_bytes_per_s=pace, free_bytes=room))
-        print(f"worker {index}, {workers[index].threads} threads: {speed:6.2f} tok/s alone")
+        print(f"worker {index}, {workers[index].name}: {speed:6.2f} tok/s alone")
     rig = Rig(name="workers", source="profile", gpus=tuple(gpus), ram_bytes=64 * GIB, ram_free_bytes=64 * GIB)
     plan = choose(request, rig, job)
     default = by_room(job, gpus)
@@ -158,9 +159,9 @@ def worker(executable: str, threads: int) -> Iterator[Worker]:
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         time.sleep(1.0)
-        yield Worker(endpoint=f"127.0.0.1:{port}", threads=threads)
+        yield Worker(endpoint=f"127.0.0.1:{port}", name=f"{threads} threads" if threads > 1 else "1 thread")
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 

@@ -1,7 +1,7 @@
 """The decision table: rigs, models and wishes, and what mgpu answers, as text that a person can read and agree with.
 
-`make docs` writes tests/data/decisions.md, `test_decisions.py` holds every row of it. Speeds are predictions, rounded: a
-change of the speed model changes them.
+`make docs` writes tests/data/decisions.md, `test_decisions.py` holds every row of it. Speeds are predictions, rounded:
+a change of the speed model changes them.
 """
 
 from __future__ import annotations
