@@ -2,7 +2,7 @@
 
     python benchmarks/split_choice.py --llama-server BIN/llama-server --rpc-server BIN/ggml-rpc-server [--rounds N]
 
-Two of llama.cpp's RPC workers on this machine stand for two cards: one computes with all cores, one with a single thread.
+Two RPC workers of llama.cpp on this machine stand for two cards: one computes with all cores, one with a single thread.
 Each is given room for a part of the model only. mgpu is told what each worker measured alone, and chooses; then every
 split by whole layers that fits is run in turn, `--rounds` times over, and so is the runtime's own default (by free
 memory). Nothing else should be running meanwhile.
