@@ -1,21 +1,31 @@
 # Two commands for newcomers: `make demo` and `make test`. Both set up .venv first; nothing outside this folder changes.
 .POSIX:
 .SUFFIXES:
-.PHONY: demo test test-runtime lint format docs clean
+.PHONY: demo test test-runtime test-vllm lint format docs clean
 
 VENV = .venv
 PY = $(VENV)/bin/python
+VLLM = .cache/vllm
 MODEL = .cache/demo/gemma-3-270m-q4_k_m.gguf
 
 demo: $(VENV)/.demo $(MODEL)
 	$(PY) -m mgpu run $(MODEL) --prompt "Water boils at" -- --temp 0
 
 test: $(VENV)/.test
-	$(PY) -m pytest -q -m "not runtime and not vulkan"
+	$(PY) -m pytest -q -m "not runtime and not vulkan and not vllm"
 
 # With a real llama-server and a real model; two software Vulkan devices where Debian's mesa-vulkan-drivers are installed.
 test-runtime: $(VENV)/.test $(VENV)/.demo $(MODEL)
 	MGPU_TEST_GGUF="$(MODEL)" $(PY) -m pytest -q -m "runtime or vulkan"
+
+# With a real vLLM for the CPU, in an environment of its own (2.5 GB); skipped where that cannot be installed.
+test-vllm: $(VENV)/.test
+	@mkdir -p .cache
+	@if sh .ci/vllm "$(VLLM)"; then \
+		MGPU_VLLM="$(VLLM)/bin/vllm" $(PY) -m pytest -q -m vllm; \
+	else \
+		echo "test-vllm: skipped"; \
+	fi
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

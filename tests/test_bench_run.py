@@ -336,7 +336,7 @@ class TestRefused:
             pytest.param(("--save", "x", "--no-save"), 2, "contradict", id="contradiction"),
             pytest.param(("--save", "a/b"), 8, "not a profile name: 'a/b'", id="no name"),
             pytest.param(("--gpus", "7"), 2, "no GPU '7'", id="no such card"),
-            pytest.param(("--runtime", "vllm"), 6, "reads gguf", id="vllm reads none"),
+            pytest.param(("--runtime", "vllm"), 6, "reads no gguf", id="vllm reads none"),
             pytest.param(("--llama-server", "/nowhere"), 6, "/nowhere", id="no such server"),
             pytest.param(("--", "-ts", "1,1"), 2, "-ts", id="arguments for the runtime"),
         ],

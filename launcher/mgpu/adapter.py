@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from typing import Any, Final, Literal, Protocol
+from collections.abc import Mapping
+from typing import Final, Protocol
 
 from msgspec import Struct
 
@@ -14,6 +14,7 @@ from mgpu.model import Format, Model
 from mgpu.plan import DeviceBytes, HostBytes, Layout, Mode, Shape
 from mgpu.request import Request, RuntimeName
 from mgpu.rig import Gpu, Rig
+from mgpu.service import Attachment, Service
 
 #: A plan that is off by more than this share of what a device holds is said.
 TOLERANCE: Final = 0.02
@@ -23,21 +24,56 @@ TOLERANCE: Final = 0.02
 TYPICAL_DEPTH: Final = 512
 
 
+class Folder(Struct, frozen=True, kw_only=True):
+    """A runtime that is a folder of source, as git clones it, and no program. Paths are relative, but for `places`.
+
+    `wanted`: of several such folders, the one that has this is taken. `texts`: patterns of what `installed` looks at:
+    it finds each file in `Probe.outputs` by its path, as text; what is no text (a folder, a program) as "".
+    """
+
+    places: tuple[str, ...]  # where people keep it: "~/tabbyAPI"
+    program: str  # the file that makes it one: "main.py"
+    wanted: str
+    texts: tuple[str, ...]
+
+
 class Search(Struct, frozen=True, kw_only=True):
-    """Where `launch` looks for a runtime: an environment variable, names on PATH, files inside known PyPI packages."""
+    """Where `launch` looks for a runtime: an environment variable, names on PATH, files inside known PyPI packages.
+
+    `distributions`: PyPI packages whose program it is, the best first. Their metadata beside it tell the version, and
+    `Probe.outputs["--version"]` is that ("vllm 0.32.0"): for programs that take long to say it themselves.
+    `live`: what the probes print depends on more than the program (a daemon), and on success or not: asked each time,
+    and read whatever the exit status.
+    `folder`: the variable names one, or several as in PATH; `executables` is then what people call it.
+    """
 
     variable: str
     executables: tuple[str, ...]
     package_files: tuple[str, ...]  # relative to a site-packages directory
     install: str  # the command that installs it
+    distributions: tuple[str, ...] = ()
+    live: bool = False
+    folder: Folder | None = None
+
+    @property
+    def looked(self) -> str:
+        """Where it was looked for, as the end of a sentence that says it was not found."""
+        if self.folder is not None:
+            return f"in ${self.variable} or {', '.join(self.folder.places)}"
+        return f"on PATH, in ${self.variable} or as a Python package"
 
 
 class Probe(Struct, frozen=True, kw_only=True):
-    """A runtime that was found, and what it printed: `outputs["--help"]`. `origin` says where it was found."""
+    """A runtime that was found, and what it printed: `outputs["--help"]`. `origin` says where it was found.
+
+    `url`: the base URL of a service that answered; `outputs` then holds its answers, too, by path. Where only the
+    service was found, it is the `executable`, too.
+    """
 
     executable: str
     origin: str
     outputs: Mapping[str, str]
+    url: str = ""
 
 
 class ListedDevice(Struct, frozen=True, kw_only=True):
@@ -50,7 +86,10 @@ class ListedDevice(Struct, frozen=True, kw_only=True):
 
 
 class Installed(Struct, frozen=True, kw_only=True):
-    """A runtime as it can be used: its flags and devices. `devices` is None when it was not asked."""
+    """A runtime as it can be used: its flags and devices. `devices` is None when it was not asked.
+
+    `url`: the base URL of a service that runs already, and may be used. `cpu_build`: it uses no card at all.
+    """
 
     runtime: RuntimeName
     executable: str
@@ -58,6 +97,31 @@ class Installed(Struct, frozen=True, kw_only=True):
     version: str
     flags: frozenset[str]
     devices: tuple[ListedDevice, ...] | None = None
+    url: str = ""
+    cpu_build: bool = False
+
+
+class Abilities(Struct, frozen=True, kw_only=True):
+    """What a runtime can do with several cards, whatever the rig: a row of `mgpu runtimes`.
+
+    `modes`: how cards can share the work, replicas among them where mgpu can start one on each card. `mixed`: those of
+    `modes` that are open to cards of different memory. `cpu`: layers, or all of them, can stay on the CPU. `machines`:
+    it places by itself, over other machines too. `note`: what else a person should know, in a few words.
+    """
+
+    modes: tuple[Mode, ...]
+    mixed: tuple[Mode, ...] = ()
+    cpu: bool = False
+    machines: bool = False
+    note: str = ""
+
+
+class Here(Struct, frozen=True, kw_only=True):
+    """What a runtime can do on one rig: the cards it can use (rig indices), how they can share, and why not more."""
+
+    gpus: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    why_not: tuple[str, ...] = ()
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
@@ -72,6 +136,13 @@ class Command(Struct, frozen=True, kw_only=True):
     """What to start. `env` is set on top of the caller's environment, from which `scrub` prefixes are removed first.
 
     `watch_argv` is added when mgpu itself launches and reads the log; a person who pastes the command need not see it.
+    `name`: what errors call it, where that is not the name of its program.
+    `files`: paths to texts. Those with relative paths go into a new private directory, in which the runtime starts.
+    `attachment`: what is then made ready on it, once `ready_url` answers; until then it has no model.
+    `then`: the same for a person, as lines of shell.
+    `fingerprint`: a regular expression for the `system_fingerprint` of its answers, where they have one: it tells how
+    the model is split. `leaves`: file names (patterns) of its shared memory, which a killed runtime leaves behind.
+    `after`: run when the process was ended or killed. `elsewhere`: what listens is no child of it, but in a container.
     """
 
     argv: tuple[str, ...]
@@ -83,6 +154,13 @@ class Command(Struct, frozen=True, kw_only=True):
     chat: bool = True  # the model has a chat template; without, it continues a text
     ready_url: str
     endpoint: str  # the base URL for OpenAI-compatible clients
+    attachment: Attachment | None = None
+    then: tuple[str, ...] = ()
+    name: str = ""
+    fingerprint: str = ""
+    leaves: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    elsewhere: bool = False
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -100,93 +178,23 @@ class Buffer(Struct, frozen=True, kw_only=True):
 
 
 class Cause(Struct, frozen=True, kw_only=True):
-    """The runtime said why it fails, in words we know; `hint` is what to do."""
+    """The runtime said why it fails, in words we know; `hint` is what to do.
+
+    `port_taken`: another program has its port. Where it goes on without, nobody would find it: it is to be stopped.
+    """
 
     text: str
     hint: str
+    port_taken: bool = False
 
 
-LogFact = Stage | Buffer | Cause
+class Left(Struct, frozen=True, kw_only=True):
+    """The runtime said that it made these files, which it may leave behind: paths, whose last part may end in `*`."""
+
+    paths: tuple[str, ...]
 
 
-class Call(Struct, frozen=True, kw_only=True):
-    """One HTTP request to a service that is already running. `body` goes as JSON; `upload` is a file sent as it is.
-
-    `stream`: the answer is a JSON object a line (NDJSON), or server-sent events; each comes as an `Answer` of its own.
-    """
-
-    method: Literal["GET", "HEAD", "POST", "DELETE"]
-    url: str
-    body: Mapping[str, Any] | None = None
-    upload: str | None = None
-    headers: Mapping[str, str] = {}
-    timeout_s: float = 30.0
-    stream: bool = False
-
-
-class More(Struct, frozen=True, kw_only=True):
-    """Asks for the next object of the stream that the last `Call` opened."""
-
-
-class Told(Struct, frozen=True, kw_only=True):
-    """Something to show while a service works: a stage, and how far it is where that is known (`total` 0: unknown)."""
-
-    text: str
-    done: int = 0
-    total: int = 0
-
-
-class Answer(Struct, frozen=True, kw_only=True):
-    """What came back: `body` is the decoded JSON, or the text where it is none. `end`: the stream has no more.
-
-    `status` 0: nobody answered; `body` says why.
-    """
-
-    status: int
-    body: Any = None
-    end: bool = True
-
-
-#: A conversation with a service, without I/O: yields what to ask or to show, is sent the answer to each `Call` and
-#: `More` (None after a `Told`), and raises `RuntimeFailedError` for what went wrong. `launch` holds the other end.
-Talk = Generator[Call | More | Told, "Answer | None", None]
-
-
-class Service(Struct, frozen=True, kw_only=True):
-    """A runtime that people leave running: where it listens unless `variable` says otherwise, and how to ask for it.
-
-    `probe` is asked of the base URL with GET; the adapter's `installed` finds the answer in `Probe.outputs` by path.
-    """
-
-    variable: str
-    url: str  # "http://127.0.0.1:11434"
-    probe: tuple[str, ...]  # paths: "/api/version"
-
-
-class Attachment(Protocol):
-    """A model made ready on a service that runs by itself, used, and given back. Three talks; immutable."""
-
-    @property
-    def endpoint(self) -> str:
-        """The base URL for OpenAI-compatible clients, once it has begun."""
-        ...
-
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-        ...
-
-    def begin(self) -> Talk:
-        """Up to a model that answers: proven by a token."""
-        ...
-
-    def check(self) -> Talk:
-        """Asked now and then while it is used: raises when the service or the model has gone."""
-        ...
-
-    def end(self) -> Talk:
-        """Gives back what `begin` took, as far as it got; asked also after a failed `begin`."""
-        ...
+LogFact = Stage | Buffer | Cause | Left
 
 
 class Pinned(Struct, frozen=True, kw_only=True):
@@ -234,7 +242,10 @@ class Work(Struct, frozen=True, kw_only=True):
 
 
 class Job(Protocol):
-    """One model asked of one runtime: what it would take, and the command that starts it. Immutable."""
+    """One model asked of one runtime: what it would take, and the command that starts it. Immutable.
+
+    As with `Adapter`, one that derives from this need not write what has an answer here already.
+    """
 
     @property
     def runtime(self) -> RuntimeName: ...
@@ -258,7 +269,7 @@ class Job(Protocol):
     @property
     def has_experts(self) -> bool:
         """Whether routed experts can be kept on the host apart from their layers."""
-        ...
+        return False
 
     @property
     def computes_on_cpu(self) -> bool:
@@ -268,11 +279,12 @@ class Job(Protocol):
     @property
     def tensor_is_experimental(self) -> bool:
         """Whether the runtime itself calls its tensor mode experimental."""
-        ...
+        return False
 
     def why_not_tensor(self, gpus: tuple[Gpu, ...]) -> str | None:
         """What keeps the runtime from running this model as tensor ranks on `gpus`, in a few words; None: nothing."""
-        ...
+        del gpus
+        return f"{self.runtime} has no tensor ranks"
 
     @property
     def kv_type(self) -> str: ...
@@ -284,12 +296,12 @@ class Job(Protocol):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the person asked of the runtime that costs or contradicts something."""
-        ...
+        return ()
 
     @property
     def pinned(self) -> Pinned:
         """What flags after `--` decide in mgpu's place."""
-        ...
+        return Pinned()
 
     def counts(self, tensor_split: tuple[float, ...], host_layers: int) -> tuple[int, ...]:
         """The units each device gets when the runtime is given these proportions."""
@@ -324,10 +336,14 @@ class Job(Protocol):
         """The same job with another KV-cache type; raises `UsageError` where the model or runtime cannot."""
         ...
 
-    def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command: ...
+    def command(self, layout: Layout, rig: Rig, endpoint: Endpoint) -> Command:
+        """What starts the runtime; with an `attachment`, what a person would type in its place: `sh -c 'curl …'`."""
+        ...
+
     def attachment(self, layout: Layout, rig: Rig) -> Attachment | None:
         """How to use a service that runs already; None where `command` starts the runtime."""
-        ...
+        del layout, rig
+        return None
 
 
 class Projected(Struct, frozen=True, kw_only=True):
@@ -383,7 +399,7 @@ class Projector(Protocol):
 
 
 class Adapter(Protocol):
-    """One runtime."""
+    """One runtime. An adapter that derives from this need not write what has an answer here already."""
 
     @property
     def name(self) -> RuntimeName: ...
@@ -399,17 +415,24 @@ class Adapter(Protocol):
     @property
     def device_probe(self) -> str | None:
         """The flag that lists devices (it may open them, so it is asked only when needed)."""
-        ...
+        return None
 
     @property
     def service(self) -> Service | None:
         """Where the runtime is asked for, if it is one that people leave running."""
-        ...
+        return None
+
+    @property
+    def abilities(self) -> Abilities: ...
+    def why_not_gpu(self, gpu: Gpu) -> str | None:
+        """What keeps the runtime from using this card at all, in a few words with the figures; None: nothing."""
+        del gpu
+        return None
 
     @property
     def projector(self) -> Projector | None:
         """What `plan --verify` asks, where the runtime has such a tool."""
-        ...
+        return None
 
     def installed(self, probe: Probe) -> Installed:
         """Raises `RuntimeMissingError` when the runtime is too old to be driven."""
@@ -421,11 +444,13 @@ class Adapter(Protocol):
 
     def read_devices(self, text: str) -> tuple[ListedDevice, ...]:
         """The output of `device_probe`."""
-        ...
+        del text
+        return ()
 
     def bind(self, rig: Rig, listed: tuple[ListedDevice, ...]) -> Rig:
         """`rig` with the cards as this build of the runtime can use them; those it cannot are disabled, and said."""
-        ...
+        del listed
+        return rig
 
     def job(self, model: Model, request: Request, installed: Installed) -> Job:
         """Raises `UsageError` for flags after `--` that have no meaning, `BadModelError` for what it cannot load."""
@@ -433,4 +458,5 @@ class Adapter(Protocol):
 
     def read_log(self, line: str) -> LogFact | None:
         """What one line of the runtime's log says, or None."""
-        ...
+        del line
+        return None

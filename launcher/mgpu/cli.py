@@ -234,13 +234,14 @@ def rig_remove(name: str) -> None:
     rigs.remove(name)
 
 
-@cli.command()
+@cli.command("runtimes")
+@click.option("--rig", "rig_name", type=RigName(), metavar="NAME|FILE", help="What they could do on this rig instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def runtimes(*, as_json: bool) -> None:
-    """Show the runtimes: found or not, where, and how to install them."""
-    from mgpu import commands
+def show_runtimes(rig_name: str | None, *, as_json: bool) -> None:
+    """Show the runtimes: found or not, where, what they can do here, and how to install them."""
+    from mgpu import runtimes
 
-    commands.print_runtimes(as_json=as_json)
+    runtimes.show(rig_name, as_json=as_json)
 
 
 @cli.command()

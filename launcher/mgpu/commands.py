@@ -13,19 +13,21 @@ import click
 from msgspec import Struct
 from msgspec.structs import replace
 
-from mgpu.adapter import Adapter, Command, Endpoint, Job, Projection
+from mgpu.adapter import Command, Endpoint, Job, Projection
+from mgpu.auto import Asking, pick
 from mgpu.decide.choose import choose, room_for_ctx, speed_by_room
 from mgpu.decide.consider import with_reserves
 from mgpu.decide.replicas import Replica, commands_at, replicas_of
-from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, RuntimeMissingError, UsageError
-from mgpu.gather import Facts, find_installed, gather, list_devices
+from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, UsageError
+from mgpu.gather import Facts, gather
 from mgpu.inspect.source import read_model
 from mgpu.model import Model
 from mgpu.plan import Alternative, Plan, Shape
 from mgpu.report.lines import joint_line, run_lines, shell_line, to_scrub
 from mgpu.request import Request
 from mgpu.rig import Rig
-from mgpu_adapters.registry import ADAPTER_NAMES, load_adapter, pick_adapter
+from mgpu.service import Attachment
+from mgpu_adapters.registry import named_format, pick_adapter
 
 #: The Ollama whose scheduler is predicted: of the era that splits what takes more than 80 % of one card.
 _OLLAMA = "0.32.15"
@@ -37,7 +39,8 @@ _PLANNED_PORT = 8080
 class Decided(Struct, frozen=True, kw_only=True):
     """One decision with the facts it rests on. `command` is None where the plan has a refusal.
 
-    `commands`: of replicas, one each, without a proxy; `command` is the first.
+    `commands`: of replicas, one each, without a proxy; `command` is the first. `attachment`: on a service that runs
+    already; `command` is then what a person would type in its place.
     """
 
     model: Model
@@ -47,6 +50,7 @@ class Decided(Struct, frozen=True, kw_only=True):
     plan: Plan
     command: Command | None
     commands: tuple[Command, ...] = ()
+    attachment: Attachment | None = None
     replicas: tuple[Replica, ...] = ()
     named_rig: bool = False  # by --rig: nothing of this machine counts
 
@@ -70,10 +74,11 @@ def decide(
         raise UsageError(
             f"cannot run {argument}: it is not on this machine", hint="download it first; `mgpu plan` takes URLs"
         )
-    model = read_model(argument)
-    adapter = pick_adapter(request, model)
-    facts = gather(adapter, rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
-    return _decide(model, request, facts, rig_name=rig_name, explore=explore)
+    model = _read(argument, request)
+    asking = Asking(rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
+    picked = pick(model, request, asking)
+    decided = _decide(model, request, picked.facts, rig_name=rig_name, explore=explore)
+    return replace(decided, plan=picked.tell(decided.plan))
 
 
 def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, explicit: str | None) -> Decided:
@@ -86,7 +91,7 @@ def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, e
     hint = "leave --verify out"
     if _is_url(argument):
         raise UsageError(f"--verify needs the file here, and {argument} is elsewhere", hint=f"download it, or {hint}")
-    model = read_model(argument)
+    model = _read(argument, request)
     adapter = pick_adapter(request, model)
     if adapter.projector is None:
         raise UsageError(f"--verify asks llama.cpp, and this plan is for {adapter.name}", hint=hint)
@@ -106,8 +111,8 @@ def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, e
 def _decide(model: Model, request: Request, facts: Facts, *, rig_name: str | None, explore: bool) -> Decided:
     facts = replace(facts, rig=with_reserves(request, facts.rig))
     job = facts.adapter.job(_as_downloaded(model), request, facts.installed)
-    plan = choose(request, facts.rig, job)
-    if explore:
+    plan = _planned(request, facts, job)
+    if explore and not plan.attached:
         plan = _explored(model, request, facts, job, plan)
     job = job.at_ctx(plan.ctx)
     decided = Decided(model=model, request=request, facts=facts, job=job, plan=plan, command=None)
@@ -117,10 +122,32 @@ def _decide(model: Model, request: Request, facts: Facts, *, rig_name: str | Non
     ports = _ports(request, max(len(replicas), 1), hypothetical=rig_name is not None)
     if not replicas:
         command = decided.command_at(ports[0])
-        return replace(decided, command=command, commands=(command,))
+        attachment = job.attachment(plan.layout, facts.rig)
+        return replace(decided, command=command, commands=(command,), attachment=attachment)
     commands = commands_at(replicas, ports, host=request.host, api_key=request.api_key)
     named_rig = rig_name is not None
     return replace(decided, command=commands[0], commands=commands, replicas=replicas, named_rig=named_rig)
+
+
+def _planned(request: Request, facts: Facts, job: Job) -> Plan:
+    """The decision; of a service that places by itself, what is known of it."""
+    if facts.adapter.abilities.machines:
+        from mgpu.cluster import Remote
+        from mgpu.decide.attach import attach_plan
+
+        if isinstance(job, Remote):
+            return attach_plan(request, facts.rig, job)
+    return choose(request, facts.rig, job)
+
+
+def _read(argument: str, request: Request) -> Model:
+    """The model that `argument` names here; with a service on other machines, what is no path is a name there."""
+    model_format = named_format(request.runtime)
+    if model_format is None or os.path.exists(argument):  # noqa: PTH110 - a name need not be a path
+        return read_model(argument)
+    from mgpu.inspect.named import named_model
+
+    return named_model(argument, model_format)
 
 
 def _explored(model: Model, request: Request, facts: Facts, job: Job, plan: Plan) -> Plan:
@@ -267,35 +294,6 @@ def print_model(argument: str, *, as_json: bool) -> None:
     console().print(model_screen(model, kv_bytes))
 
 
-def print_runtimes(*, as_json: bool) -> None:
-    """Each runtime mgpu drives: where it is and which devices it can use, or how to get it."""
-    rows = [_runtime_row(load_adapter(name)) for name in ADAPTER_NAMES]
-    if as_json:
-        _print_object({"schema": 1, "runtimes": rows})
-        return
-    for row in rows:
-        if row["found"]:
-            click.echo(f"{row['runtime']}: {row['version']}, {row['path']} ({row['origin']})")
-            click.echo(f"  devices: {', '.join(row['devices']) or 'the CPU alone'}")
-        else:
-            click.echo(f"{row['runtime']}: {row['why_not']}")
-            click.echo(f"  install: {row['install']}")
-
-
-def _runtime_row(adapter: Adapter) -> dict[str, Any]:
-    row: dict[str, Any] = {"runtime": adapter.name, "formats": sorted(adapter.formats), "found": False}
-    missing = {"why_not": "not installed", "install": adapter.search.install}
-    try:
-        installed = find_installed(adapter, None, os.environ)
-        if installed is None:
-            return row | missing
-        devices = [f"{device.device} {device.description}" for device in list_devices(adapter, installed, os.environ)]
-    except RuntimeMissingError as error:
-        return row | missing | {"why_not": error.message}
-    found = {"version": installed.version, "path": installed.executable, "origin": installed.origin}
-    return row | {"found": True, "devices": devices} | found
-
-
 def launch(decided: Decided, prompt: str | None) -> None:
     """Explain, start, wait until ready, stay or answer; ends by an `MgpuError` unless a prompt was answered."""
     from mgpu.launch.foreground import launch_plan
@@ -305,6 +303,11 @@ def launch(decided: Decided, prompt: str | None) -> None:
 
     _explain(decided)
     _stop_if_refused(decided.plan)
+    if decided.attachment is not None:
+        from mgpu.launch.attach import attach  # with hashlib: not for what is started
+
+        attach(decided.attachment, prompt=prompt)
+        return
     facts = decided.facts
     launched = Launched(
         adapter=facts.adapter,
@@ -345,6 +348,7 @@ def _ollama_would(model: Model, rig: Rig, plan: Plan, job: Job) -> tuple[Alterna
             short_bytes=0,
             tok_s=speed_by_room(job.at_ctx(plan.ctx), prediction.gpus, rig),
             why_not=prediction.reason,
+            unasked=True,
         ),
     )
 

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from mgpu.adapter import Adapter, Installed, ListedDevice
+from mgpu.adapter import Adapter, Installed, ListedDevice, Probe
 from mgpu.errors import ProfileError, RuntimeMissingError
 from mgpu.rig import Rig
+from mgpu.service import Service
+
+#: Where no service is: port 9 is for discarding, and closed.
+_NOWHERE = "127.0.0.1:9"
 
 
 class Facts(Struct, frozen=True, kw_only=True):
@@ -66,22 +70,67 @@ def gather_here(adapter: Adapter, *, explicit: str | None, environ: Mapping[str,
 
 
 def find_installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed | None:
-    """The runtime as found, asked for its flags; None when there is none. Raises for one that cannot be used."""
+    """The runtime as found, asked for its flags; or as it runs already; None when there is neither.
+
+    Raises `RuntimeMissingError` for one that cannot be used, `UsageError` for an address that is none.
+    """
+    if adapter.service is not None:
+        return _find_service(adapter, adapter.service, environ)
+    probe = _probe(adapter, explicit, environ)
+    return None if probe is None else adapter.installed(probe)
+
+
+def _find_service(adapter: Adapter, service: Service, environ: Mapping[str, str]) -> Installed | None:
+    """What runs, and what could be started beside it; an executable is asked of itself, not of what runs."""
+    from mgpu.launch.services import find_service
+
+    running = find_service(service, environ)
+    try:
+        probe = _probe(adapter, None, {**environ, service.variable: _NOWHERE}) if adapter.probes else None
+    except RuntimeMissingError:
+        if running is None:
+            raise
+        probe = None  # a broken program does not matter where another one runs
+    if running is None:
+        return None if probe is None else adapter.installed(probe)
+    if probe is None:
+        probe = Probe(executable=running.url, origin=running.origin, outputs={})
+    return adapter.installed(replace(probe, url=running.url, outputs={**probe.outputs, **running.outputs}))
+
+
+def _probe(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Probe | None:
     from mgpu.launch.find import find_runtime
     from mgpu.launch.probe import probe_runtime
 
     found = find_runtime(adapter.search, explicit=explicit, environ=environ)
-    return None if found is None else adapter.installed(probe_runtime(found, adapter.probes, environ=environ))
+    return None if found is None else probe_runtime(found, adapter.probes, environ=environ)
 
 
 def _installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed:
     installed = find_installed(adapter, explicit, environ)
+    if installed is None and adapter.service is not None:
+        raise _not_running(adapter, adapter.service, environ)
     if installed is None:
         raise RuntimeMissingError(
-            f"no {adapter.search.executables[0]} found on PATH, in ${adapter.search.variable} or as a Python package",
+            f"no {adapter.search.executables[0]} found {adapter.search.looked}",
             hint=f"install it: {adapter.search.install}",
         )
     return installed
+
+
+def _not_running(adapter: Adapter, service: Service, environ: Mapping[str, str]) -> RuntimeMissingError:
+    from mgpu.launch.services import service_url
+
+    url, origin = service_url(service, environ)
+    where = f"{url}{f' ({origin})' if origin.startswith('$') else ''}"
+    if not adapter.probes:
+        return RuntimeMissingError(
+            f"no {adapter.name} answers at {where}", hint=service.start or f"install it: {adapter.search.install}"
+        )
+    return RuntimeMissingError(
+        f"no {adapter.name} answers at {where}, and there is none on PATH or in ${adapter.search.variable}",
+        hint=f"install it: {adapter.search.install}",
+    )
 
 
 def _here(adapter: Adapter, *, explicit: str | None, launching: bool, environ: Mapping[str, str]) -> Facts:

@@ -68,7 +68,8 @@ class Model(Struct, frozen=True, kw_only=True):
 
     `path` is what a runtime is given: the file, the first shard, or the directory.
     `metadata` holds the header's scalars, its short strings and its short numeric arrays; tokenizer arrays are not
-    built (their lengths are there, as `"<key>.length"`).
+    built (their lengths are there, as `"<key>.length"`). `alias`: its name in Ollama's store, where it was found by it.
+    `beside`: names of files in its directory that are no part of it, and that a runtime obeys all the same.
     """
 
     path: str
@@ -81,6 +82,8 @@ class Model(Struct, frozen=True, kw_only=True):
     hyper: Hyperparameters
     tensors: tuple[Tensor, ...]
     metadata: Mapping[str, MetadataValue]
+    alias: str | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def weights_bytes(self) -> int:

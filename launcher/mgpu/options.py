@@ -68,10 +68,26 @@ class Context(click.ParamType[int | Literal["max"]]):
         return number
 
 
+class Runtime(click.Choice[str]):
+    """`--runtime`: one of ours, or what an adapter that another package brings is called."""
+
+    def __init__(self) -> None:
+        super().__init__(("auto", *RUNTIME_NAMES))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in self.choices:
+            return str(value)
+        from mgpu_adapters.registry import other_names
+
+        others = other_names()
+        if value not in others:
+            names = ", ".join((*self.choices, *others))
+            self.fail(f"there is no runtime {value!r}: it is one of {names}", param, ctx)
+        return str(value)
+
+
 _PLANNING: Final = (
-    click.option(
-        "--runtime", type=click.Choice(["auto", *RUNTIME_NAMES]), default="auto", show_default=True, help="What serves it."
-    ),
+    click.option("--runtime", type=Runtime(), default="auto", show_default=True, help="What serves it."),
     click.option("--ctx", type=Context(), metavar="N|max", help="Tokens of context per user [default: as trained, 8192 at most]."),
     click.option(
         "--users", type=click.IntRange(1, _MOST_USERS), default=1, show_default=True, help="How many at the same time."
@@ -103,7 +119,7 @@ _PLANNING: Final = (
 
 _BENCH: Final = (
     click.option(
-        "--runtime", type=click.Choice(["auto", *RUNTIME_NAMES]), default="auto", show_default=True, help="What serves it: llama.cpp so far."
+        "--runtime", type=Runtime(), default="auto", show_default=True, help="What serves it: llama.cpp so far."
     ),
     click.option("--ctx", type=Context(), metavar="N|max", help="Tokens of context it is loaded with [default: as trained, 8192 at most]."),
     click.option("--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="KV-cache type."),

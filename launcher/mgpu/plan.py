@@ -150,7 +150,10 @@ class RuleVerdict(Struct, frozen=True, kw_only=True):
 
 
 class Alternative(Struct, frozen=True, kw_only=True):
-    """Another placement that was considered, and why it was not chosen. `short_bytes`: 0 when it fits."""
+    """Another placement that was considered, and why it was not chosen. `short_bytes`: 0 when it fits.
+
+    `unasked`: what the runtime does when it is left to itself.
+    """
 
     runtime: RuntimeName
     placement: PlacementKind
@@ -160,6 +163,7 @@ class Alternative(Struct, frozen=True, kw_only=True):
     tok_s: Speed | None
     total_tok_s: Speed | None = None  # for all users together; None for one
     why_not: str
+    unasked: bool = False
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
@@ -191,6 +195,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     ctx_fits: int | None = None  # the largest context per user these same devices would hold
     users_each: int = 1  # users of one replica; all of them where there are no replicas
     changes: tuple[str, ...] = ()  # what would change the answer, one line each
+    attached: str = ""  # of placement "attach": the service and its machines, in words
     refusal: Refusal | None = None
 
     @property

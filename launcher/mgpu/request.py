@@ -6,11 +6,12 @@ from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
-RuntimeName = Literal["llama.cpp", "ollama", "vllm", "exllamav2", "exllamav3", "aikit", "exo", "mycoswarm"]
+KnownRuntime = Literal["llama.cpp", "ollama", "vllm", "exllamav2", "exllamav3", "aikit", "exo", "mycoswarm"]
+RuntimeName = str  # a known one, or what a third party's adapter is called
 SplitChoice = Literal["auto", "none", "pipeline", "tensor"]
 OffloadChoice = Literal["auto", "never", "allow"]
 
-RUNTIME_NAMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
+RUNTIME_NAMES: Final[tuple[KnownRuntime, ...]] = get_args(KnownRuntime)
 SPLIT_CHOICES: Final[tuple[SplitChoice, ...]] = get_args(SplitChoice)
 OFFLOAD_CHOICES: Final[tuple[OffloadChoice, ...]] = get_args(OffloadChoice)
 
@@ -21,7 +22,7 @@ DEFAULT_CTX: Final = 8192
 class Request(Struct, frozen=True, kw_only=True):
     """One `run` or `plan`. `ctx` is tokens per user; None means the default, "max" the largest that fits."""
 
-    runtime: RuntimeName | Literal["auto"] = "auto"
+    runtime: RuntimeName = "auto"
     ctx: int | Literal["max"] | None = None
     users: int = 1
     kv_type: str = "f16"

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mgpu.errors import ProfileError
-from mgpu.request import RUNTIME_NAMES, RuntimeName
+from mgpu.request import RUNTIME_NAMES, KnownRuntime
 from mgpu.rig import LinkKind, Vendor
 
 _Text = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*\Z")]  # not blank, one line
@@ -78,7 +78,7 @@ class MeasuredTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     architecture: _Text
     quantization: _Text
     weights_bytes: Annotated[int, Meta(ge=1, le=1 << 50)]
-    runtime: RuntimeName
+    runtime: KnownRuntime
     version: _Text
     mode: Literal["pipeline", "tensor"]
     gpus: tuple[int, ...] = ()

@@ -218,10 +218,26 @@ class FootprintV3:
         if not n_head_kv:
             return self._recurrent()
         width = n_head_kv * self.widths.head_dim
-        window = self._number("sliding_window")
-        if window and self.model.architecture in _ALTERNATING and block % 2 == 0:
+        window = self._window(block)
+        if window:
             return 4 * self.settings.slots * pages(window + WINDOW_MARGIN) * width
         return tokens * (_row(width, self.settings.k_bits) + _row(width, self.settings.v_bits))
+
+    def kv_read(self, block: int, depth: int) -> float:
+        """Bytes a token of one user reads in a block's cache when `depth` tokens are in it; its whole state, twice."""
+        held = self.kv[block]
+        if not self.model.hyper.n_head_kv[block]:
+            return 2 * held / self.settings.slots
+        window = self._window(block)
+        if window:
+            return held / self.settings.slots * min(depth / pages(window + WINDOW_MARGIN), 1.0)
+        return held * min(depth / self.settings.tokens, 1.0)
+
+    def _window(self, block: int) -> int:
+        """Tokens that a sliding layer's ring is for; 0 for a layer that keeps all, or a latent."""
+        window = self._number("sliding_window")
+        slides = self.model.architecture in _ALTERNATING and block % 2 == 0 and not self._number("kv_lora_rank")
+        return window if slides else 0
 
     def _recurrent(self) -> int:
         """Gated delta net: its state in 4 B (1.6: 2 B), the convolution's in 2 B (`modules/gated_delta_net.py`)."""

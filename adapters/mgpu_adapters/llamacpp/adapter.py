@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Installed, Job, ListedDevice, LogFact, Probe, Projector, Search
+from mgpu.adapter import Abilities, Installed, Job, ListedDevice, LogFact, Probe, Projector, Search
 from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
-from mgpu.rig import Rig
+from mgpu.rig import Gpu, Rig
 from mgpu_adapters.llamacpp.cards import bind, read_devices
 from mgpu_adapters.llamacpp.flags import SPELLINGS
 from mgpu_adapters.llamacpp.job import prepare
@@ -49,6 +49,17 @@ class LlamaCpp:
     probes = ("--version", "--help")
     device_probe = "--list-devices"
     service = None
+    abilities = Abilities(
+        modes=("pipeline", "tensor", "replicas"),
+        mixed=("pipeline", "replicas"),
+        cpu=True,
+        note="the most control over mixed cards; its tensor ranks are experimental",
+    )
+
+    def why_not_gpu(self, gpu: Gpu) -> str | None:
+        """There is a build for every vendor's cards; what this one lists is `bind`'s to say."""
+        del gpu
+        return None
 
     @property
     def projector(self) -> Projector:

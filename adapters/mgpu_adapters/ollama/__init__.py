@@ -1,1 +1,1 @@
-"""Ollama: what its own scheduler will decide."""
+"""Ollama: what its own scheduler would decide, and how a server is held to a plan."""

@@ -30,7 +30,7 @@ from mgpu_adapters.ollama.server import Era, Options, by_library, default_ctx, e
 #: A card is taken alone if the prediction is at most this part of its free memory (0.30).
 SINGLE_PERCENT: Final = 80
 #: Forced to one slot (`server/sched.go` load).
-_ONE_SLOT: Final = frozenset({
+ONE_SLOT: Final = frozenset({
     "mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "nemotron_h",
     "nemotron_h_moe", "nemotron_h_omni",
 })  # fmt: skip
@@ -63,7 +63,7 @@ def predict(
     asked = ctx or default_ctx(version, rig.gpus, options.gpu_overhead)
     if era != "<=0.11.4" and model.hyper.n_ctx_train:  # before, the scheduler reckoned with what was asked for
         asked = min(asked, model.hyper.n_ctx_train)
-    slots = 1 if model.architecture in _ONE_SLOT else parallel
+    slots = 1 if model.architecture in ONE_SLOT else parallel
     if era == ">=0.30":
         return _by_free_memory(model, rig, asked, slots, options)
     return _by_estimate(model, rig, asked, slots, options, era)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from mgpu.adapter import Installed
 from mgpu.errors import UsageError
 from mgpu.rig import Gpu
 from mgpu.units import GIB
@@ -19,6 +21,32 @@ CONTEXT_TIERS: Final = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
 
 _VERSION: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:[-+].*)?")
 _LIBRARIES: Final = {"nvidia": "CUDA", "amd": "ROCm", "apple": "Metal"}
+
+
+#: The newest version that is known (2026-08); builds from source that tell none are taken for it.
+NEWEST: Final = "0.33.0"
+
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Found(Installed, frozen=True, kw_only=True):
+    """An Ollama that runs (`url`), could be started (`executable`), or both: `version` is the running one's then."""
+
+    @classmethod
+    def of(cls, installed: Installed) -> Found:
+        """As `installed` says it, whoever made that."""
+        return cls(
+            runtime=installed.runtime,
+            executable=installed.executable,
+            origin=installed.origin,
+            version=installed.version,
+            flags=installed.flags,
+            url=installed.url,
+        )
+
+    @property
+    def startable(self) -> bool:
+        return self.executable != self.url
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -38,6 +66,11 @@ def parse_version(text: str) -> tuple[int, int, int]:
     if match is None:
         raise UsageError(f"not a version of Ollama: {text!r}", hint="write it as GET /api/version does: 0.30.6")
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def is_local(url: str) -> bool:
+    """Whether it is on this machine."""
+    return urlsplit(url).hostname in _LOOPBACK
 
 
 def era_of(version: str) -> Era:

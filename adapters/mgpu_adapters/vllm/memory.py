@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from mgpu.model import Model
 from mgpu.plan import DeviceBytes, HostBytes, Shape
 from mgpu.rig import Gpu
 from mgpu.units import GIB, MIB
-from mgpu_adapters.vllm.cache import CachePlan, plan_cache
+from mgpu_adapters.vllm.cache import BLOCK_SIZE, CachePlan, plan_cache
 from mgpu_adapters.vllm.config import n_main_layers
 from mgpu_adapters.vllm.settings import KV_DTYPES, Settings
 from mgpu_adapters.vllm.weights import Weights
@@ -52,12 +53,12 @@ _GRAPH_SIZES: Final[tuple[int, ...]] = (1, 2, 4, *range(8, 256, 8), *range(256, 
 _TOWER_RUN: Final = 1024 * MIB
 
 #: Host memory, measured with the CPU build of 0.32.0: the API server and the engine, and each worker.
-_SERVER_RSS: Final = 1150 * MIB
-_WORKER_RSS: Final = 700 * MIB
+SERVER_RSS: Final = 1150 * MIB
+WORKER_RSS: Final = 700 * MIB
 
 #: `--max-num-batched-tokens` as vLLM would choose it (0.32.0 engine/arg_utils.py `get_batch_defaults`).
 _LARGE_CARD: Final = 70 * GIB
-_BATCH: Final = 2048
+BATCH: Final = 2048
 _LARGE_BATCH: Final = 8192
 
 
@@ -83,6 +84,7 @@ class Footprint:
         tp: int = 1,
         weights: Weights | None = None,
         by_ranks: dict[int, Weights] | None = None,
+        block: int = BLOCK_SIZE,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -90,16 +92,30 @@ class Footprint:
         self._tp = tp
         self._weights = weights or Weights(model, tp)
         self._by_ranks: dict[int, Weights] = {} if by_ranks is None else by_ranks  # shared by all settings
-        self._cache: CachePlan = plan_cache(model, KV_DTYPES[settings.kv_cache_dtype] or 2, tp)
+        self._block = block
+        self._cache: CachePlan = plan_cache(model, KV_DTYPES[settings.kv_cache_dtype] or 2, tp, least_block=block)
 
     def with_settings(self, settings: Settings) -> Footprint:
-        return Footprint(self.model, settings, tp=self._tp, weights=self._weights, by_ranks=self._by_ranks)
+        return Footprint(
+            self.model, settings, tp=self._tp, weights=self._weights, by_ranks=self._by_ranks, block=self._block
+        )
 
     def ranked(self, tp: int) -> Footprint:
         """The same model and settings on one of `tp` tensor ranks."""
         if tp not in self._by_ranks:
             self._by_ranks[tp] = Weights(self.model, tp)
-        return Footprint(self.model, self.settings, tp=tp, weights=self._by_ranks[tp])
+        return Footprint(self.model, self.settings, tp=tp, weights=self._by_ranks[tp], block=self._block)
+
+    def at(self, path: str) -> Footprint:
+        """The same model where another machine, or a container, has it."""
+        return Footprint(
+            replace(self.model, path=path),
+            self.settings,
+            tp=self._tp,
+            weights=self._weights,
+            by_ranks=self._by_ranks,
+            block=self._block,
+        )
 
     def device(self, span: range, shape: Shape, gpu: Gpu) -> DeviceBytes:
         """Bytes on `gpu` as the stage with the units of `span`: with the context, and the smallest share that holds it.
@@ -128,6 +144,16 @@ class Footprint:
         kv = self.kv_bytes(span, n_devices, self.batch_tokens(gpu))
         need = self._weights.stage(span) + kv + self.working_bytes(span, gpu)
         return Share(least=_least_share(need, gpu), most=max(room, 0) * SHARES // gpu.total_bytes)
+
+    def weights_bytes(self, span: range) -> int:
+        """The weights of a stage, or of one rank."""
+        return self._weights.stage(span)
+
+    @property
+    def read_by_layer(self) -> tuple[float, ...]:
+        """Bytes read for one token in each layer, and as the last in the output."""
+        dense, experts = self._weights.read_by_layer
+        return (*(a + b for a, b in zip(dense, experts, strict=True)), float(self._weights.norm + self._weights.head))
 
     def kv_bytes(self, span: range, n_devices: int, batch: int) -> int:
         """The stage's cache, for all users at their full context. `batch`: `--max-num-batched-tokens`."""
@@ -159,14 +185,14 @@ class Footprint:
         if self.settings.max_num_batched_tokens is not None:
             return self.settings.max_num_batched_tokens
         large = gpu.total_bytes >= _LARGE_CARD and "A100" not in gpu.name
-        return max(_LARGE_BATCH if large else _BATCH, self.settings.max_num_seqs)
+        return max(_LARGE_BATCH if large else BATCH, self.settings.max_num_seqs)
 
     def host(self, gpus: tuple[Gpu, ...]) -> HostBytes:
         """vLLM's own processes. Without cards: what all of it would take, for comparison, as it has nowhere to run."""
         if gpus:
-            return HostBytes(weights=0, kv=0, compute=_SERVER_RSS + len(gpus) * _WORKER_RSS)
+            return HostBytes(weights=0, kv=0, compute=SERVER_RSS + len(gpus) * WORKER_RSS)
         everything = range(self.n_units)
-        return HostBytes(weights=self._weights.stage(everything), kv=self.kv_bytes(everything, 1, _BATCH), compute=0)
+        return HostBytes(weights=self._weights.stage(everything), kv=self.kv_bytes(everything, 1, BATCH), compute=0)
 
     def _layers(self, span: range) -> range:
         last = self.n_units - 1

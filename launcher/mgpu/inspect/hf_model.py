@@ -18,6 +18,9 @@ from mgpu.model import Model, Tensor, TensorClass
 
 _CONFIG: Final = "config.json"
 
+#: Settings that TabbyAPI takes from a model's directory, before those it is given.
+_OBEYED: Final = ("tabby_config.yml",)
+
 
 def read_directory(path: str | Path) -> Model:
     """The model in the directory `path`: its headers and JSON files are read, no weights. Raises `BadModelError`."""
@@ -42,6 +45,7 @@ def read_directory(path: str | Path) -> Model:
         hyper=hyper,
         tensors=tensors,
         metadata=config.metadata(),
+        beside=tuple(name for name in names if name in _OBEYED),
     )
 
 

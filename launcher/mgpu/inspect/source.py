@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import replace
 
 from mgpu.errors import BadModelError
 from mgpu.inspect.foreign import check_magic, listed_names, shown
@@ -27,7 +30,9 @@ def read_model(argument: str) -> Model:
     """The model that `argument` names. Raises `BadModelError` for everything that cannot be one."""
     scheme, colon, _ = argument.partition("://")
     if not colon:
-        return _read_path(_find(argument))
+        path, alias = _find(argument)
+        model = _read_path(path)
+        return model if alias is None else replace(model, alias=alias)
     if scheme.lower() in {"http", "https"}:
         from mgpu.inspect.remote import read_header
 
@@ -139,17 +144,25 @@ def _read_file(path: str) -> tuple[Header, ModelFile]:
     return header, ModelFile(path=path, n_bytes=n_bytes)
 
 
-def _find(argument: str) -> Path:
-    """The GGUF file that a path or directory means, or the directory itself: absolute, links not resolved."""
+def _find(argument: str) -> tuple[Path, str | None]:
+    """The GGUF file that a path or directory means, or the directory itself: absolute, links not resolved.
+
+    What is neither may be a name in Ollama's store: then its file there, and the name.
+    """
     if not argument or "\0" in argument:
         raise BadModelError(f"not a path: {argument!r}", hint="give the path of a .gguf file")
     path = Path(argument).absolute()
     try:
-        return _find_in_directory(path) if stat.S_ISDIR(path.stat().st_mode) else path
+        return (_find_in_directory(path) if stat.S_ISDIR(path.stat().st_mode) else path), None
     except (FileNotFoundError, NotADirectoryError):
         from mgpu.inspect.missing import explain_missing
+        from mgpu.inspect.ollama_store import find_stored, stores
 
-        raise explain_missing(argument, path) from None
+        directories = stores(os.environ)
+        stored = None if path.is_symlink() else find_stored(argument, directories)
+        if stored is not None:
+            return stored.path, stored.name
+        raise explain_missing(argument, path, directories) from None
     except OSError as error:
         raise _unreadable(argument, error) from error
 

@@ -43,10 +43,10 @@ def print_answer(  # noqa: PLR0913 - one call, by keyword, from a session that h
                 reasoning.append(piece.text)
             else:
                 answered = True
-                _write(out, piece.text)
-        _write(out, "\n" if answered else f"{''.join(reasoning)}\n")
+                write_text(out, piece.text)
+        write_text(out, "\n" if answered else f"{''.join(reasoning)}\n")
     except BrokenPipeError:
-        _discard(out)
+        discard(out)
     finally:
         client.abort()  # llama-server does not end while somebody reads an answer
 
@@ -68,14 +68,14 @@ def _as_they_come(answer: Iterator[Piece], watch: Watch, stop: StopSignals, othe
             stop.wait(_TICK_S)
 
 
-def _write(out: TextIO, text: str) -> None:
+def write_text(out: TextIO, text: str) -> None:
     """Characters that the terminal's encoding lacks become "?"."""
     encoding = out.encoding or "utf-8"
     out.write(text.encode(encoding, "replace").decode(encoding))
     out.flush()
 
 
-def _discard(out: TextIO) -> None:
+def discard(out: TextIO) -> None:
     """Send what is still buffered nowhere, or Python would complain about it at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, out.fileno())

@@ -7,6 +7,7 @@ while an answer is being read), which takes the socket; and 50 ms less of import
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -49,6 +50,7 @@ class _Completion(Struct, frozen=True):
     content: str = ""
     tokens_predicted: int = 0
     usage: _Usage | None = None
+    system_fingerprint: str | None = None
 
 
 class Client:
@@ -63,6 +65,8 @@ class Client:
         self._open_url = f"{command.endpoint.rstrip('/')}/completions"
         self._chat_url = f"{command.endpoint.rstrip('/')}/chat/completions"
         self._chat = command.chat
+        self._fingerprint = command.fingerprint
+        self._has_model = command.attachment is None
         self._headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._socket: socket.socket | None = None
         self.aborted = threading.Event()
@@ -92,13 +96,15 @@ class Client:
 
     def generate_one(self) -> bool:
         """Ask for one token. False when the server says that it cannot be asked; raises when none comes."""
+        if not self._has_model:
+            return False
         own = {"prompt": "Hello", "n_predict": 1, "cache_prompt": False}
         openai = {"prompt": "Hello", "max_tokens": 1}
         try:
             for url, body in ((self._completion_url, own), (self._open_url, openai)):
                 with self._request("POST", url, body, _TOKEN_TIMEOUT_S) as response:
                     if response.status not in _CANNOT_ASK:
-                        _check_token(response.status, response.read())
+                        _check_token(response.status, response.read(), self._fingerprint)
                         return True
                     if response.status != _NOT_FOUND:
                         return False
@@ -170,7 +176,8 @@ def _connection(parts: SplitResult, timeout_s: float) -> HTTPConnection:
     return HTTPSConnection(host, parts.port, timeout=timeout_s, context=unverified)
 
 
-def _check_token(status: int, body: bytes) -> None:
+def _check_token(status: int, body: bytes, fingerprint: str) -> None:
+    """Raises `RuntimeFailedError` for an answer without a token, or of a runtime that is not split as planned."""
     if status != _OK:
         raise RuntimeFailedError(f"answered the first request with HTTP {status}: {error_message(body)}")
     try:
@@ -180,6 +187,9 @@ def _check_token(status: int, body: bytes) -> None:
     counted = completion.tokens_predicted or (completion.usage is not None and completion.usage.completion_tokens)
     if not (completion.content or counted):
         raise RuntimeFailedError("answered the first request without a token")
+    told = completion.system_fingerprint
+    if fingerprint and told and re.search(fingerprint, told) is None:
+        raise RuntimeFailedError(f"does not run as planned: it answers as {told!r}")
 
 
 def _lost(error: OSError | HTTPException, what: str) -> RuntimeFailedError:

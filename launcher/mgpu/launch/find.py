@@ -14,11 +14,17 @@ from mgpu.errors import RuntimeMissingError
 
 
 class Found(Struct, frozen=True, kw_only=True):
-    """An executable file, where it was found ("--llama-server", "$VARIABLE", "PATH", a package), how to get another."""
+    """An executable file, where it was found ("--llama-server", "$VARIABLE", "PATH", a package), how to get another.
+
+    `distributions` and `live` as in `Search`; `texts` are what `Search.folder` asks for.
+    """
 
     executable: str
     origin: str
     install: str
+    distributions: tuple[str, ...] = ()
+    live: bool = False
+    texts: Mapping[str, str] = {}
 
 
 def find_runtime(search: Search, *, explicit: str | None, environ: Mapping[str, str]) -> Found | None:
@@ -26,15 +32,29 @@ def find_runtime(search: Search, *, explicit: str | None, environ: Mapping[str, 
 
     Raises `RuntimeMissingError` when one that was named by hand cannot be run: nothing else is tried in its place.
     """
+    if search.folder is not None:
+        from mgpu.launch.folder import find_folder
+
+        return find_folder(search, search.folder, environ)
     path = environ.get("PATH", os.defpath)
     by_hand = ((explicit, "--llama-server"), (environ.get(search.variable) or None, f"${search.variable}"))
     for given, origin in by_hand:
         if given is not None:
-            return Found(executable=_given(given, origin, path, search), origin=origin, install=search.install)
+            return _found(_given(given, origin, path, search), origin, search)
     for candidate, origin in _candidates(search, path):
         if _flaw(candidate) is None:
-            return Found(executable=str(candidate), origin=origin, install=search.install)
+            return _found(str(candidate), origin, search)
     return None
+
+
+def _found(executable: str, origin: str, search: Search) -> Found:
+    return Found(
+        executable=executable,
+        origin=origin,
+        install=search.install,
+        distributions=search.distributions,
+        live=search.live,
+    )
 
 
 def _candidates(search: Search, path: str) -> Iterator[tuple[Path, str]]:

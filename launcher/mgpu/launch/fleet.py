@@ -16,7 +16,7 @@ from mgpu.adapter import Adapter, Command, Endpoint
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
 from mgpu.launch.ask import print_answer
 from mgpu.launch.ports import FIRST_PORT, LOOPBACK, Ports, choose_ports, held, is_free
-from mgpu.launch.process import Child, environment
+from mgpu.launch.process import Child
 from mgpu.launch.progress import JointLine, say
 from mgpu.launch.proxy import Proxy, ProxyLog, private_directory, proxy_command
 from mgpu.launch.ready import first_dead, wait_all_ready, wait_ready
@@ -142,7 +142,7 @@ class _Session:
 
     def _start(self, command: Command, log_path: Path) -> Child:
         write_files(command.files)
-        return Child.start((*command.argv, *command.watch_argv), environment(command, self.fleet.environ), log_path)
+        return Child.of(command, self.fleet.environ, log_path)
 
     def _load(self, *, may_move: bool) -> tuple[bool, ...]:
         names = [member.name for member in self.fleet.members]
@@ -161,7 +161,9 @@ class _Session:
         """Whether a replica has ended whose port is now somebody else's."""
         host = self.fleet.host if self.fleet.proxy is None else LOOPBACK
         pairs = zip(self.watches, self.ports.members, strict=True)
-        return any(watch.child.poll() is not None and not is_free(host, port) for watch, port in pairs)
+        return any(
+            watch.lost_port or (watch.child.poll() is not None and not is_free(host, port)) for watch, port in pairs
+        )
 
     def _start_proxy(self, proxy: Proxy, opened: ExitStack) -> tuple[Command, bool]:
         """The proxy's command, and whether a token came through it."""

@@ -40,7 +40,9 @@ def launch_plan(command_at: Callable[[int], Command], launched: Launched, *, pro
 
 def ready_lines(launched: Launched, ready: Ready, *, stays: bool) -> tuple[str, ...]:
     """What is said once it answers. Plan and report are kept for the rig on the way."""
-    lines = [f"  ready after {ready.seconds:.1f} s: {ready.command.endpoint}"]
+    attachment = ready.command.attachment
+    model = f"   model {attachment.model_name}" if attachment is not None else ""
+    lines = [f"  ready after {ready.seconds:.1f} s: {ready.command.endpoint}{model}"]
     lines += placement_lines(launched, ready)
     if not ready.proven:
         lines.append("  note: it listens, but could not be asked for a token")

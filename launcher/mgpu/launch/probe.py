@@ -22,6 +22,7 @@ from mgpu.launch.process import describe_exit
 PROBE_TIMEOUT_S: Final = 20.0
 DEVICES_TIMEOUT_S: Final = 60.0  # opens every GPU; without persistence mode a driver takes seconds for each
 
+_VERSION: Final = "--version"
 _MAX_OUTPUT: Final = 4 << 20
 _MAX_CACHED: Final = 64  # texts; llama-server's help is 60 kB
 
@@ -36,9 +37,15 @@ def probe_runtime(
 ) -> Probe:
     """What `found` prints for each flag (both outputs together), from the cache where the file has not changed.
 
-    `cache` is the file to keep them in; by default `probes.json` in the user's cache directory.
+    `cache` is the file to keep them in; by default `probes.json` in the user's cache directory. A flag may have words
+    of its own ("image inspect"). What the metadata of its package tell is not asked, and what is `live` not kept.
     Raises `RuntimeMissingError` for an executable that cannot run, hangs, crashes or fails, with its last line.
     """
+    if found.live:
+        outputs = {flag: _ask(found, flag, environ, timeout_s, whatever=True) for flag in flags}
+        return Probe(executable=found.executable, origin=found.origin, outputs=outputs)
+    metadata = _by_metadata(found, flags)
+    flags = tuple(flag for flag in flags if flag not in metadata)
     cache = cache or _default_cache()
     identity = _identity(found.executable)
     cached = _read_cache(cache)
@@ -46,7 +53,9 @@ def probe_runtime(
     fresh = {flag: _ask(found, flag, environ, timeout_s) for flag in flags if flag not in known}
     if fresh:
         _write_cache(cache, cached | {identity + flag: text for flag, text in fresh.items()})
-    return Probe(executable=found.executable, origin=found.origin, outputs=known | fresh)
+    return Probe(
+        executable=found.executable, origin=found.origin, outputs={**metadata, **known, **fresh, **found.texts}
+    )
 
 
 def list_devices(found: Found, flag: str, environ: Mapping[str, str], *, timeout_s: float = DEVICES_TIMEOUT_S) -> str:
@@ -54,10 +63,20 @@ def list_devices(found: Found, flag: str, environ: Mapping[str, str], *, timeout
     return _ask(found, flag, environ, timeout_s)
 
 
-def _ask(found: Found, flag: str, environ: Mapping[str, str], timeout_s: float) -> str:
+def _by_metadata(found: Found, flags: tuple[str, ...]) -> dict[str, str]:
+    if _VERSION not in flags or not found.distributions:
+        return {}
+    from mgpu.launch.packages import find_distribution
+
+    distribution = find_distribution(found.executable, found.distributions)
+    return {} if distribution is None else {_VERSION: f"{distribution}\n"}
+
+
+def _ask(found: Found, flag: str, environ: Mapping[str, str], timeout_s: float, *, whatever: bool = False) -> str:
+    """`whatever`: the exit status says nothing about the program."""
     try:
         process = subprocess.Popen(
-            (found.executable, flag),
+            (found.executable, *flag.split()),
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -74,7 +93,7 @@ def _ask(found: Found, flag: str, environ: Mapping[str, str], timeout_s: float) 
     output = text.decode("utf-8", "replace")
     if not ended:
         raise _unusable(found, f"gave no end to `{flag}` within {timeout_s:.0f} s and 4 MiB")
-    if process.returncode != 0:
+    if process.returncode != 0 and not whatever:
         last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
         raise _unusable(found, f"{describe_exit(process.returncode)} at `{flag}`: {last[:300]}")
     return output

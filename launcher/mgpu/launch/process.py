@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from mgpu.adapter import Command
-from mgpu.errors import RuntimeFailedError, RuntimeMissingError
+from mgpu.errors import MgpuError, RuntimeFailedError, RuntimeMissingError
+from mgpu.launch.leftovers import Leftovers
+from mgpu.launch.scratch import Scratch
 
 GRACE_S: Final = (
     5.0  # from SIGTERM to SIGKILL: a batch is finished, tens of GiB are freed; readers can delay it for ever
@@ -32,9 +34,19 @@ class Child:
         self.name = name
         self.log_path = log_path
         self.log_start = log_start  # where its own lines begin, after those of an earlier try
+        self.leftovers = Leftovers()
+        self.scratch = Scratch()
 
     @classmethod
-    def start(cls, argv: tuple[str, ...], env: Mapping[str, str], log_path: Path, *, tied: bool = True) -> Self:
+    def start(
+        cls,
+        argv: tuple[str, ...],
+        env: Mapping[str, str],
+        log_path: Path,
+        *,
+        tied: bool = True,
+        directory: str | None = None,
+    ) -> Self:
         """Start `argv` with stdin from /dev/null and both outputs appended to `log_path`.
 
         The outputs go to a file, not a pipe: nothing blocks or breaks in the runtime when mgpu dies.
@@ -53,6 +65,7 @@ class Child:
             process = subprocess.Popen(
                 argv,
                 env=dict(env),
+                cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -64,6 +77,21 @@ class Child:
         finally:
             os.close(log)
         return cls(process, name, log_path, log_start)
+
+    @classmethod
+    def of(cls, command: Command, environ: Mapping[str, str], log_path: Path) -> Self:
+        """Start what `command` says among its own files, and remember what it may leave behind. Raises as `start`."""
+        env = environment(command, environ)
+        scratch = Scratch(command.files)
+        try:
+            child = cls.start((*command.argv, *command.watch_argv), env, log_path, directory=scratch.directory)
+        except MgpuError:
+            scratch.remove()
+            raise
+        child.name = command.name or child.name
+        child.scratch = scratch
+        child.leftovers = Leftovers(command.leaves, command.after, env)
+        return child
 
     @property
     def pid(self) -> int:
@@ -81,6 +109,8 @@ class Child:
         from mgpu.launch.tree import Tree  # psutil: 12 ms, and not before the runtime has started
 
         family = Tree(self.pid)
+        code = self.poll()
+        self.leftovers.look((self.pid, *family.pids))
 
         def any_left() -> bool:
             return self._signal_group(0) or family.any_alive()
@@ -94,6 +124,8 @@ class Child:
         family.kill()
         _wait_until(lambda: self.poll() is not None, _KILL_S)
         _wait_until(lambda: not family.any_alive(), _STRAGGLERS_S)  # a killed process goes when it is scheduled
+        self.leftovers.clear(by_itself=code is not None and code >= 0)
+        self.scratch.remove()
         return self.poll()
 
     def _signal_group(self, number: int) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
 from mgpu.launch.ready import Loading
+from mgpu.service import Told
 from mgpu.units import gib, gib_of
 
 _WIDTH: Final = 80
@@ -85,6 +87,36 @@ class JointLine(_Line):
             if stage != self._stages[place]:
                 self._stages[place] = stage
                 say(self._stream, f"{seconds:6.1f} s  {self._names[place]}: {stage}")
+
+
+class ToldLine(_Line):
+    """Draws what a service tells on its way to a model that answers."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._started = time.monotonic()
+        self._told = Told(text="")
+
+    def __call__(self, told: Told) -> None:
+        fresh = told.text != self._told.text
+        self._told = told
+        if self._columns:
+            self._redraw()
+        elif fresh:
+            say(self._stream, f"{time.monotonic() - self._started:6.1f} s  {told.text}")
+
+    def update(self, done: int, total: int) -> None:
+        """The clock goes on; and how far mgpu's own part is, where it has one (`total` above 0)."""
+        if total:
+            self._told = Told(text=self._told.text, done=done, total=total)
+        if self._columns and self._told.text:
+            self._redraw()
+
+    def _redraw(self) -> None:
+        seconds, told = time.monotonic() - self._started, self._told
+        if seconds >= _QUIET_S:
+            size = f"  {gib_of(min(told.done, told.total), told.total)}" if told.total else ""
+            self._draw(f"{seconds:6.1f} s{size}  {told.text}")
 
 
 def describe(loading: Loading, expected_bytes: int) -> str:

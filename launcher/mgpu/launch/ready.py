@@ -103,10 +103,11 @@ class _Wait:
 
         self.proven: bool | None = None
         self._watch = watch
+        self._command = command
         self._stop = stop
         self._started = time.monotonic()
         self._client = Client(command, api_key)
-        self._knocking = Background(self._client.knock(lambda: _is_ours(watch.child.pid, command.ready_url)), stop.wake)
+        self._knocking = Background(self._client.knock(self._is_ours), stop.wake)
         self._activity = _Activity(watch, stall_s)
 
     def __enter__(self) -> Self:
@@ -126,6 +127,8 @@ class _Wait:
             watch.update()
             if watch.child.poll() is not None:
                 raise watch.death("before it was ready")
+            if watch.lost_port:
+                raise watch.failure("was stopped before it was ready")
             self._activity.check()
             if self._knocking.done:
                 self._settle()
@@ -135,6 +138,9 @@ class _Wait:
             rss_bytes=self._activity.rss_bytes,
             ready=self.proven is not None,
         )
+
+    def _is_ours(self) -> bool:
+        return self._command.elsewhere or _is_ours(self._watch.child.pid, self._command.ready_url)
 
     def _settle(self) -> None:
         try:

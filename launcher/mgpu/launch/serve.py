@@ -14,11 +14,12 @@ from mgpu.adapter import Adapter, Buffer, Command
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
 from mgpu.launch.ask import print_answer
 from mgpu.launch.ports import FIRST_PORT, free_port, is_free
-from mgpu.launch.process import Child, environment
+from mgpu.launch.process import Child
 from mgpu.launch.progress import LoadingLine, say
 from mgpu.launch.ready import Loading, wait_ready
 from mgpu.launch.signals import StopSignals
 from mgpu.launch.watch import Watch
+from mgpu.service import Attachment
 
 _PORT_TRIES: Final = 3
 
@@ -104,17 +105,38 @@ class _Session:
         launch, command = self.launch, self.command
         write_files(command.files)
         started = time.monotonic()
-        child = Child.start((*command.argv, *command.watch_argv), environment(command, launch.environ), launch.log_path)
+        child = Child.of(command, launch.environ, launch.log_path)
         try:
             with Watch(child, launch.adapter) as watch:
                 proven = self._load(watch, may_move=may_move)
-                on_ready(self._ready(watch, time.monotonic() - started, proven=proven))
-                self._use(watch, out)
+
+                def ready(*, proven: bool) -> None:
+                    on_ready(self._ready(watch, time.monotonic() - started, proven=proven))
+
+                if command.attachment is not None:
+                    self._attach(command.attachment, watch, out, lambda _: ready(proven=True))
+                else:
+                    ready(proven=proven)
+                    self._use(watch, out)
         except InterruptedLaunchError:
             say(self.err, f"stopping {child.name} (once more: kill it)")
             raise
         finally:
             self._end(child)
+
+    def _attach(self, attachment: Attachment, watch: Watch, out: TextIO, on_ready: Callable[[float], None]) -> None:
+        """What runs has no model yet: it is made ready, used and given back first."""
+        from mgpu.launch.attach import use  # with hashlib and http.client: for services alone
+
+        use(
+            attachment,
+            stop=self.stop,
+            out=out,
+            err=self.err,
+            prompt=self.launch.prompt,
+            on_ready=on_ready,
+            watch=watch,
+        )
 
     def _use(self, watch: Watch, out: TextIO) -> None:
         launch = self.launch
@@ -131,7 +153,8 @@ class _Session:
         try:
             return wait_ready(watch, self.command, stop=self.stop, api_key=launch.api_key, on_progress=told)
         except RuntimeFailedError as error:
-            if may_move and watch.child.poll() is not None and not is_free(self.launch.host, self.port):
+            ended = watch.child.poll() is not None
+            if may_move and (watch.lost_port or (ended and not is_free(self.launch.host, self.port))):
                 raise _PortTakenError from error
             raise
         finally:
@@ -162,9 +185,11 @@ class _Session:
 
 
 def write_files(files: Mapping[str, str]) -> None:
-    """What the runtime reads beside its arguments: paths to texts."""
+    """What the runtime reads beside its arguments: paths to texts. Relative ones are `Child.of`'s."""
     for name, text in files.items():
         path = Path(name)
+        if not path.is_absolute():
+            continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

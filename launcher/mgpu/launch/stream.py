@@ -24,6 +24,7 @@ class Piece(Struct, frozen=True, kw_only=True):
 class _Delta(Struct, frozen=True):
     content: str | None = None
     reasoning_content: str | None = None  # llama.cpp tools/server/README.md, --reasoning-format
+    reasoning: str | None = None  # Ollama's (openai/openai.go) and newer vLLM's name for it
 
 
 class _Choice(Struct, frozen=True):
@@ -70,17 +71,26 @@ def error_message(body: bytes) -> str:
 
 def _pieces_of(data: bytes) -> Iterator[Piece]:
     try:
-        event = msgspec.json.decode(data, type=_Event)
+        event = msgspec.json.decode(data)
     except msgspec.DecodeError as error:
         raise RuntimeFailedError(f"sent something that is no answer: {data[:80]!r}") from error
+    yield from read_event(event)
+
+
+def read_event(data: object) -> Iterator[Piece]:
+    """The non-empty pieces in one decoded event. Raises `RuntimeFailedError` as `read_pieces` does."""
+    try:
+        event = msgspec.convert(data, type=_Event)
+    except msgspec.ValidationError as error:
+        raise RuntimeFailedError(f"sent something that is no answer: {str(data)[:80]!r}") from error
     if event.error is not None:
-        raise RuntimeFailedError(f"broke off the answer: {error_message(data)}")
+        raise RuntimeFailedError(f"broke off the answer: {error_message(msgspec.json.encode(data))}")
     if event.content:
         yield Piece(text=event.content)
     for choice in event.choices:
         if choice.text:
             yield Piece(text=choice.text)
-        if choice.delta.reasoning_content:
-            yield Piece(text=choice.delta.reasoning_content, reasoning=True)
+        if thought := choice.delta.reasoning_content or choice.delta.reasoning:
+            yield Piece(text=thought, reasoning=True)
         if choice.delta.content:
             yield Piece(text=choice.delta.content)

@@ -16,6 +16,10 @@ class Tree:
         with suppress(psutil.Error):
             self._processes = psutil.Process(pid).children(recursive=True)
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self._processes)
+
     def any_alive(self) -> bool:
         return any(_is_alive(process) for process in self._processes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Protocol, Self
 
-from mgpu.adapter import Buffer, Cause, LogFact, Stage
+from mgpu.adapter import Buffer, Cause, Left, LogFact, Stage
 from mgpu.errors import RuntimeFailedError
 from mgpu.launch.logs import LogTail, last_lines
 from mgpu.launch.process import Child, describe_exit
@@ -30,6 +30,7 @@ class Watch:
         self.stage = "starting"
         self.buffers: list[Buffer] = []
         self._adapter = adapter
+        self.lost_port = False  # it said that another program has it
         self._cause: Cause | None = None
         self._tail = LogTail(child.log_path, start=child.log_start)
 
@@ -73,8 +74,12 @@ class Watch:
             fact = self._adapter.read_log(line)
             if isinstance(fact, Stage):
                 self.stage = fact.text
-                self._cause = None  # it went on: what was said before was not fatal
+                if not self.lost_port:
+                    self._cause = None  # it went on: what was said before was not fatal
             elif isinstance(fact, Buffer):
                 self.buffers.append(fact)
+            elif isinstance(fact, Left):
+                self.child.leftovers.expect(fact.paths)
             elif isinstance(fact, Cause) and self._cause is None:
                 self._cause = fact  # the first one; later ones are its consequences
+                self.lost_port = fact.port_taken

@@ -116,6 +116,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         ],
         "alternatives": [_alternative(alternative) for alternative in plan.alternatives],
         "changes": list(plan.changes),
+        "attached": plan.attached or None,
         "warnings": list(plan.warnings),
     }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
 
 from mgpu.adapter import Command
 from mgpu.model import Model
@@ -30,6 +33,8 @@ def title(model: Model) -> str:
 
 def size_words(model: Model) -> str:
     """`"8.0 B parameters, 32 layers, 4.6 GiB"`."""
+    if not model.tensors:
+        return "known by name, to a service that has it"
     billions = model.parameters / 10**9
     parameters = f"{billions:.1f} B" if billions >= 1 else f"{model.parameters / 10**6:.0f} M"
     experts = f", {model.hyper.n_expert} experts" if model.is_moe else ""
@@ -39,6 +44,8 @@ def size_words(model: Model) -> str:
 def where(plan: Plan) -> str:
     """`"on GPU 0 (RTX 3090), 5.9 of 23.5 GiB, context 8192"`."""
     context = f"context {plan.ctx}" + (f" x {plan.users} users" if plan.users > 1 else "")
+    if plan.attached:
+        return f"on {plan.attached}, {context}"
     if not plan.devices:
         return f"on the CPU, {gib(plan.host.memory.total)} of RAM, {context}"
     parts = [f"{name_of(device)} {_share(device, plan)}" for device in plan.devices]
@@ -76,12 +83,40 @@ def at_speed(speed: Speed | None) -> str:
 
 
 def shell_line(command: Command, scrubbed: tuple[str, ...] = ()) -> str:
-    """One line to paste into a shell: assignments first. `scrubbed` variables are in the caller's environment."""
+    """One line to paste into a shell: assignments first. `scrubbed` variables are in the caller's environment.
+
+    A runtime with files of its own is given a new directory for them: then a subshell goes there first. One that has
+    no model of itself is awaited and given it, as mgpu would.
+    """
+    own = {name: text for name, text in command.files.items() if not os.path.isabs(name)}  # noqa: PTH117 - a name, no Path yet
+    if own:
+        line = shell_line(replace(command, files={}), scrubbed)
+        started = f"exec {line}" if line.startswith("env ") else f"exec env {line}"
+        return f'( cd "$(mktemp -d)" && {_written(own)} && {started} )'
+    if command.then:
+        return _served(command, scrubbed)
     assignments = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
     if scrubbed:
         unset = [word for name in scrubbed for word in ("-u", shlex.quote(name))]
         return " ".join(["env", *unset, *assignments, shlex.join(command.argv)])
     return " ".join([*assignments, shlex.join(command.argv)])
+
+
+def _served(command: Command, scrubbed: tuple[str, ...]) -> str:
+    start = f"{shell_line(replace(command, then=()), scrubbed)} & p=$!;"
+    await_it = f"until curl -fs {shlex.quote(command.ready_url)} >/dev/null; do kill -0 $p || exit 7; sleep 1; done;"
+    return f"( {_ends('$p')} {start} {await_it} {' && '.join(command.then)} && wait )"
+
+
+def _ends(processes: str) -> str:
+    """Whatever ends the subshell ends these, too."""
+    return f"trap 'kill {processes} 2>/dev/null; wait' EXIT; trap 'exit 130' INT TERM HUP;"
+
+
+def _written(files: Mapping[str, str]) -> str:
+    """What writes the files in the current directory: an argument for each line, so that the whole stays one line."""
+    lines = (" ".join(map(shlex.quote, text.splitlines())) for text in files.values())
+    return " && ".join(f"printf '%s\\n' {line} > {shlex.quote(name)}" for name, line in zip(files, lines, strict=True))
 
 
 def joint_line(commands: Sequence[Command], scrubbed: tuple[str, ...] = ()) -> str:
@@ -91,7 +126,7 @@ def joint_line(commands: Sequence[Command], scrubbed: tuple[str, ...] = ()) -> s
     """
     lines = [f"{shell_line(command, scrubbed)} & p{place}=$!;" for place, command in enumerate(commands)]
     everyone = " ".join(f"$p{place}" for place in range(len(commands)))
-    return f"( trap 'kill {everyone} 2>/dev/null; wait' EXIT; trap 'exit 130' INT TERM HUP; {' '.join(lines)} wait )"
+    return f"( {_ends(everyone)} {' '.join(lines)} wait )"
 
 
 def to_scrub(command: Command, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -110,4 +145,6 @@ def _tells(verdict: RuleVerdict, plan: Plan) -> bool:
         return False
     if verdict.verdict == "warns" and verdict.id != "cpu-offload-last":
         return True
+    if verdict.id == "runtime-choice":
+        return plan.runtime != "llama.cpp"
     return verdict.id in _TELLING and plan.placement != "cpu"

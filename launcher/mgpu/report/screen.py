@@ -5,6 +5,7 @@ Glyphs as well as colours tell the parts of a bar apart, so nothing is lost with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import IO, Final
 
 from rich.console import Console, Group, RenderableType
@@ -18,6 +19,9 @@ from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan
 from mgpu.report.lines import indices, layers_of, size_words, title
 from mgpu.rig import Gpu, Rig, short_name
 from mgpu.units import GIB, gib, gib_of
+
+#: More cards than this are named as a range.
+_NAMED: Final = 3
 
 #: Cells of a bar, and what stands beside it: a name before, the figures after.
 _BAR: Final = 36
@@ -63,8 +67,10 @@ def console(file: IO[str] | None = None, *, record: bool = False, width: int | N
 def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None, width: int) -> Group:
     """Everything `mgpu plan` shows, `width` columns wide. `command`: the shell line, None with nothing to launch."""
     bar = max(min(_BAR, width - _BESIDE_BAR), 4)
-    parts: list[RenderableType] = [_head(model, rig, plan), Text(), _devices(rig, plan, bar), _legend()]
-    parts += [Text(), _rules(plan)]
+    parts: list[RenderableType] = [_head(model, rig, plan, width), Text()]
+    if not plan.attached:
+        parts += [_devices(rig, plan, bar), _legend(), Text()]
+    parts += [_rules(plan)]
     if plan.alternatives:
         parts += [Text(), _alternatives(plan)]
     if plan.changes:
@@ -77,43 +83,62 @@ def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None, width: 
     return Group(*parts)
 
 
-def _head(model: Model, rig: Rig, plan: Plan) -> Group:
+def _head(model: Model, rig: Rig, plan: Plan, width: int) -> Group:
     first = Text(title(model), style="bold")
-    second = Text(f"{size_words(model)}, trained for {model.hyper.n_ctx_train} tokens", style="dim")
+    trained = [f"trained for {model.hyper.n_ctx_train} tokens"] if model.hyper.n_ctx_train else []
+    second = [Text(line, style="dim") for line in _filled([size_words(model), *trained], width)]
     verdict = Text(_VERDICT_WORDS[plan.refusal.exit_code if plan.refusal else 0], style="bold")
     verdict.append(_place_words(plan), style="bold")
     if plan.tok_s is not None and plan.refusal is None:
         verdict.append(f", {plan.tok_s.words}")
     context = f"context {plan.ctx}" + (f" x {plan.users} users" if plan.users > 1 else "")
-    context += f", {plan.kv_type} KV cache"
+    context += "" if plan.attached else f", {plan.kv_type} KV cache"
     if plan.ctx_fits is not None and plan.ctx_fits > plan.ctx:
         context += f"; up to {plan.ctx_fits} would fit"
-    where = f"rig {rig.name}, {plan.runtime}"
-    pace = Text(_pace_words(plan), style="dim")
-    lines: list[RenderableType] = [first, second, Text(), verdict, *([pace] if pace else [])]
-    return Group(*lines, Text(f"{context}; {where}", style="dim"))
+    lines = [*_filled(_pace_words(plan), width), *_filled([context, f"rig {rig.name}, {plan.runtime}"], width)]
+    return Group(first, *second, Text(), verdict, *(Text(line, style="dim") for line in lines))
 
 
-def _pace_words(plan: Plan) -> str:
-    """Prompts, the first token, and all users together: what is known of it."""
+def _pace_words(plan: Plan) -> list[str]:
+    """All users together, prompts, and the wait for the first token: what is known of it."""
     forecast, words = plan.forecast, list[str]()
     if plan.refusal is not None:
-        return ""
+        return words
     if forecast.total_tok_s is not None:
         words.append(f"{plan.users} users together {forecast.total_tok_s.words}")
     if forecast.prompt_tok_s is not None:
         words.append(f"prompts {forecast.prompt_tok_s.words}")
     if forecast.first_token is not None:
         wait = forecast.first_token
-        low, high = (f"{seconds:.2g}" for seconds in (wait.low, wait.high))
-        words.append(f"first token of a {wait.prompt_tokens}-token prompt after {low}-{high} s")
-    return "; ".join(words)
+        words.append(f"first token of a {wait.prompt_tokens}-token prompt after {_seconds(wait.low, wait.high)}")
+    return words
+
+
+def _seconds(low: float, high: float) -> str:
+    """`"0.47-0.96 s"`, `"1.2-3.1 s"`, `"150-310 s"`: both with the same decimals."""
+    decimals = 2 if high < 1 else 1 if high < 10 else 0
+    return f"{low:.{decimals}f}-{high:.{decimals}f} s"
+
+
+def _filled(words: Sequence[str], width: int) -> list[str]:
+    """As many on a line as have room, with semicolons; none is torn."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(word) + 2 <= width:
+            lines[-1] += f"; {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _place_words(plan: Plan) -> str:
+    if plan.attached:
+        return plan.attached
     if plan.placement == "cpu":
-        return "the CPU"
+        return "the CPU alone"
     cards = " + ".join(f"GPU {device.gpu}" for device in plan.devices)
+    if len(plan.devices) > _NAMED:
+        cards = f"GPU {indices([device.gpu for device in plan.devices])}"
     return f"{cards} ({_PLACEMENTS.get(plan.placement, plan.placement)})"
 
 
@@ -155,10 +180,10 @@ def _numbers(gpu: Gpu, device: DevicePlan | None) -> Text:
         return Text("disabled", style="dim")
     if device is None:
         text = Text(f"{gib(gpu.usable_bytes)} left free", style="dim")
+    elif device.spare_bytes < 0:
+        text = Text(f"{gib(device.memory.total)}, ").append(f"short by {gib(-device.spare_bytes)}", style="red")
     else:
         text = Text(gib_of(device.memory.total, gpu.usable_bytes))
-        if device.spare_bytes < 0:
-            text.append(f", short by {gib(-device.spare_bytes)}", style="red")
     if gpu.reserve_bytes:
         text.append(f" ({gib(gpu.reserve_bytes)} reserved)", style="dim")
     return text
@@ -171,11 +196,10 @@ def _parts_words(device: DevicePlan) -> str:
 
 
 def _host_words(host: HostPlan) -> str:
-    if host.blocks:
-        return f"{len(host.blocks)} layers"
-    if host.expert_blocks:
-        return f"experts of {len(host.expert_blocks)} layers"
-    return "token embedding, buffers"
+    experts = max(len(host.expert_blocks) - len(host.blocks), 0)
+    words = [f"{len(host.blocks)} layers"] if host.blocks else []
+    words += [f"experts of {experts} {'more' if words else 'layers'}"] if experts else []
+    return ", ".join(words) or "token embedding, buffers"
 
 
 def _legend() -> Text:
@@ -200,22 +224,28 @@ def _rules(plan: Plan) -> Group:
 
 def _alternatives(plan: Plan) -> Group:
     table = Table.grid(padding=(0, 2))
-    for _ in range(3):
-        table.add_column()
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
     for alternative in plan.alternatives:
-        told = alternative.tok_s if alternative.fits else None
-        speed = "" if told is None else told.words.removesuffix(" predicted")
-        if alternative.total_tok_s is not None and alternative.fits:
-            speed += f" ({alternative.total_tok_s.expected:.0f} together)"
-        table.add_row(
-            _alternative_words(alternative, plan), Text(speed, style="dim"), Text(alternative.why_not, style="dim")
-        )
-    return Group(Text("Also considered (speeds predicted)", style="bold"), Padding(table, (0, 0, 0, 2)))
+        speed = Text(_alternative_speed(alternative), style="dim")
+        table.add_row(_alternative_words(alternative, plan), speed, Text(alternative.why_not, style="dim"))
+    what = "tok/s predicted" + ("; of all users together" if plan.users > 1 else "")
+    return Group(Text(f"Also considered ({what})", style="bold"), Padding(table, (0, 0, 0, 2)))
+
+
+def _alternative_speed(alternative: Alternative) -> str:
+    """`"96-130"`; for several users, `"96-130; 379"`; `"109-109 measured"`."""
+    speed, total = alternative.tok_s, alternative.total_tok_s
+    if speed is None or not alternative.fits:
+        return ""
+    words = speed.words.removesuffix(" predicted").replace(" tok/s", "")
+    return words if total is None else f"{words}; {total.expected:.0f}"
 
 
 def _alternative_words(alternative: Alternative, plan: Plan) -> str:
-    if not alternative.gpus:
-        return "CPU alone"
-    if alternative.runtime != plan.runtime:
+    if alternative.unasked and alternative.runtime != plan.runtime:
         return f"{alternative.runtime.capitalize()} by itself: GPU {indices(alternative.gpus)}"
-    return f"GPU {indices(alternative.gpus)}, {_PLACEMENTS.get(alternative.placement, alternative.placement)}"
+    runtime = "" if alternative.runtime == plan.runtime else f"{alternative.runtime}: "
+    if not alternative.gpus:
+        return f"{runtime}CPU alone"
+    return f"{runtime}GPU {indices(alternative.gpus)}, {_PLACEMENTS.get(alternative.placement, alternative.placement)}"

@@ -1,0 +1,1 @@
+"""Razer AIKit: vLLM in a container of its own, started by `docker run`."""
