@@ -177,3 +177,16 @@ def test_no_card_of_any_rig_makes_a_refusal_of_a_plan(header: Header) -> None:
                 plan = decide(header(model), rig_of(base, *added), users=users)
                 assert plan.refusal is None
                 assert plan.placement in {"single", "replicas"}
+
+
+class TestLargestContext:
+    @pytest.mark.parametrize("users", [2, 4, 8])
+    @pytest.mark.parametrize("rig", ["2x3090", "4x3060"])
+    def test_replicas_stay_replicas(self, header: Header, rig: str, users: int) -> None:
+        """Each as large as its card holds, and no card more."""
+        usual, most = decide(header(SMALL), rig, users=users), decide(header(SMALL), rig, users=users, ctx="max")
+        assert usual.placement == most.placement == "replicas"
+        assert usual.layout.gpus == most.layout.gpus
+        assert most.ctx > usual.ctx
+        more = decide(header(SMALL), rig, users=users, ctx=most.ctx + 256)
+        assert (more.placement, more.layout.gpus) != (most.placement, most.layout.gpus)

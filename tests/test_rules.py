@@ -121,6 +121,66 @@ class TestMixedIsPipeline:
         assert plan.placement == "tensor"
         assert said(plan, "mixed-is-pipeline").verdict == "warns"
 
+    def test_forced_ranks_are_not_called_layers_nor_matched(self, plan_on: PlanOn) -> None:
+        plan = plan_on("3090+3060", SMALL, split="tensor", force=True)
+        assert "by layers" not in said(plan, "mixed-is-pipeline").text
+        assert "matched" not in said(plan, "tensor-when-matched").text
+        assert said(plan, "use-what-you-own").quiet
+
+
+class TestWhereOneCardHoldsIt:
+    """A split by request: rules that argue for a split have nothing to say."""
+
+    @pytest.fixture
+    def plan(self, plan_on: PlanOn) -> Plan:
+        return plan_on("2x3060", SMALL, split="pipeline", force=True)
+
+    def test_no_card_is_recommended(self, plan: Plan) -> None:
+        assert said(plan, "two-cheap-cards").quiet
+
+    def test_why_there_are_no_ranks(self, plan: Plan) -> None:
+        assert said(plan, "tensor-when-matched").text.endswith("one card holds it")
+
+
+def test_a_card_is_recommended_only_if_it_holds_the_model(plan_on: PlanOn) -> None:
+    """Two 12 GB cards and the CPU share 25 GiB of weights: a card of 24 GB would not do."""
+    text = said(plan_on("2x3060", "Qwen3-32B-Q6_K"), "two-cheap-cards").text
+    assert "RTX 5090 (32 GB)" in text
+    assert "RTX 3090 (24 GB)" in said(plan_on("2x3060", MIDDLE, ctx=2048), "two-cheap-cards").text
+
+
+class TestCpuOffload:
+    def test_the_threshold_is_named_where_it_refuses(self, plan_on: PlanOn) -> None:
+        assert "below 3 tok/s" in said(plan_on("cpu-only"), "cpu-offload-last").text
+
+    def test_never_is_named_where_it_refuses(self, plan_on: PlanOn) -> None:
+        verdict = said(plan_on("3090+3060", offload="never"), "cpu-offload-last")
+        assert verdict.verdict == "refuses"
+        assert "--offload never" in verdict.text
+
+    def test_layers_are_counted_where_experts_were_asked_for(self, plan_on: PlanOn) -> None:
+        """One layer's experts by hand are not enough: whole layers follow, and they are said."""
+        plan = plan_on("3060", MOE, runtime_args=("-ncmoe", "1"))
+        assert f"{len(plan.host.blocks)} of 48 layers on the CPU" in said(plan, "cpu-offload-last").text
+
+    def test_layers_and_the_experts_of_more(self, plan_on: PlanOn) -> None:
+        plan = plan_on("3060", MOE, runtime_args=("-ngl", "40", "-ncmoe", "30"))
+        assert "9 of 48 layers and the experts of 21 more on the CPU" in said(plan, "cpu-offload-last").text
+
+
+def test_what_does_not_fit_keeps_nothing_off_the_cpu(plan_on: PlanOn) -> None:
+    plan = plan_on("3090+3060", offload="never")
+    assert plan.refusal is not None
+    assert said(plan, "use-what-you-own").quiet
+    assert said(plan, "fewest-cards").quiet
+
+
+def test_an_unknown_link_is_not_called_slow(plan_on: PlanOn) -> None:
+    plan = plan_on(rig_of(card(0, 24, 936), card(1, 24, 936)))
+    text = said(plan, "tensor-when-matched").text
+    assert "unknown width" in text
+    assert "too slow" not in text
+
 
 class TestTensor:
     def test_needless_is_refused_with_both_speeds(self, plan_on: PlanOn) -> None:
@@ -231,6 +291,19 @@ class TestWhatIf:
         lines = changes(self.question(header(LARGE), rig("3090+3060"), tmp_path))
         assert any(line.startswith("one more RTX 3090: 2 cards by layers") for line in lines)
         assert any("beside it: GPU 0+1 by layers" in line for line in lines)
+
+    def test_a_faster_split_than_the_card_that_holds_it(self, header: Header, tmp_path: Path) -> None:
+        cards = rig_of(card(0, 16, 717), card(1, 16, 717), card(2, 24, 346))
+        lines = changes(self.question(header(MIDDLE), cards, tmp_path))
+        assert any(line.startswith("--split pipeline --force: GPU 0+1 by layers") for line in lines)
+        assert not any("--split" in line for line in changes(self.question(header(MIDDLE), rig("2x3090"), tmp_path)))
+
+    def test_cards_that_are_busy(self, header: Header, tmp_path: Path) -> None:
+        busy = rig_of(replace(card(0, 32, 1792), free_bytes=200 << 20), card(1, 12, 360))
+        lines = changes(self.question(header(MIDDLE), busy, tmp_path))
+        assert any(line.startswith("with GPU 0 idle: GPU 0 alone") for line in lines)
+        idle = rig_of(card(0, 32, 1792), card(1, 12, 360))
+        assert not any("idle" in line for line in changes(self.question(header(MIDDLE), idle, tmp_path)))
 
     def test_nothing_to_better(self, header: Header, tmp_path: Path) -> None:
         assert changes(self.question(header(SMALL), rig("2x3090"), tmp_path)) == ()

@@ -309,6 +309,41 @@ class TestUsers:
         assert found.tok_s is not None
         assert found.tok_s.expected == said(each, on_one(each, gpus[0]), gpus[:1]).expected
 
+    @pytest.mark.parametrize("users", [2, 8, 32])
+    @pytest.mark.parametrize("name", [DENSE, MIXTURE])
+    def test_the_cpu_has_its_part_of_each_user_too(self, models: Models, name: str, users: int) -> None:
+        """All on the CPU, half of it, none: each gives less together, and never less than one after the other."""
+        job, gpu = models.job(name, users=users, ctx=1024), named("NVIDIA GeForce RTX 3090", gib=80)
+        totals = []
+        for n in (0, job.n_units // 2, job.n_units):
+            shape = Shape(n_devices=int(n < job.n_units), host_layers=n)
+            layout = Layout(gpus=(0,) * shape.n_devices, counts=(job.n_units - n,) * shape.n_devices, shape=shape)
+            found = forecast(job, layout, (gpu,) * shape.n_devices, rig_of(gpu))
+            assert found.total_tok_s is not None
+            assert found.tok_s is not None
+            assert found.total_tok_s.expected >= 0.99 * found.tok_s.expected
+            totals.append(found.total_tok_s.expected)
+        assert totals[0] > 1.5 * totals[1] > 1.5 * totals[2]
+
+    def test_more_cores_serve_more_users(self, models: Models) -> None:
+        job, layout = models.job(users=16, ctx=1024), on_host(models.job())
+        few, many = (forecast(job, layout, (), replace(rig_of(), cpu_cores=n)).total_tok_s for n in (4, 64))
+        assert few is not None
+        assert many is not None
+        assert many.expected > 2 * few.expected
+
+    def test_experts_on_the_host_are_read_for_all(self, models: Models) -> None:
+        """Of many users, nearly every expert is somebody's: RAM, not the card, sets the pace."""
+        job, gpu = models.job(MIXTURE, users=16, ctx=1024), named("NVIDIA GeForce RTX 3090")
+        n = job.n_units
+        layouts = [
+            Layout(gpus=(0,), counts=(n,), shape=Shape(n_devices=1, host_experts=experts)) for experts in (0, n - 1)
+        ]
+        card_alone, with_host = (forecast(job, layout, (gpu,), rig_of(gpu)).total_tok_s for layout in layouts)
+        assert card_alone is not None
+        assert with_host is not None
+        assert with_host.expected < card_alone.expected / 5
+
     def test_no_more_replicas_than_users_work(self, models: Models) -> None:
         gpus = tuple(named("NVIDIA GeForce RTX 3090", i) for i in range(4))
         job = models.job(users=2, ctx=1024)

@@ -17,10 +17,11 @@ from mgpu.adapter import Job
 from mgpu.decide.choose import choose
 from mgpu.errors import UsageError
 from mgpu.model import Model
-from mgpu.plan import Plan, RuleVerdict
+from mgpu.plan import Plan, RuleVerdict, Speed
 from mgpu.report.lines import indices
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig, short_name
+from mgpu_profiles.rigs import idle_free_bytes
 
 #: Smaller contexts to try, as shares of the one asked for; and the least worth offering.
 _SHARES: Final = (2, 4, 8)
@@ -28,6 +29,9 @@ _LEAST_CTX: Final = 2048
 
 #: A change worth a line makes it this much faster, or takes fewer cards, or keeps the CPU out of it.
 _FASTER: Final = 1.15
+
+#: Somebody else uses a card that has less than this share of an idle one's memory free.
+_BUSY: Final = 0.9
 
 _RANKS: Final = {"cpu": 0, "offload": 1, "pipeline": 2, "tensor": 2, "attach": 2, "single": 3, "replicas": 3}
 _GUIDE: Final = "insiderllm.com/guides/multi-gpu-worth-it (2026-02-08)"
@@ -45,13 +49,15 @@ class Question(Struct, frozen=True, kw_only=True):
     job_of: Callable[[Model], Job]
 
     def again(self, *, job: Job | None = None, rig: Rig | None = None) -> Plan:
-        return choose(self.request, rig or self.rig, job or self.job)
+        return choose(self.request, rig or self.rig, job or self.job, offering=False)
 
 
 def changes(question: Question) -> tuple[str, ...]:
     """One line for each thing that would change the answer for the better."""
     lines = (
         _ranks(question),
+        _faster_split(question),
+        _idle_cards(question),
         _smaller_context(question),
         _smaller_cache(question),
         _next_quant_down(question),
@@ -62,7 +68,7 @@ def changes(question: Question) -> tuple[str, ...]:
 
 def more_quant(question: Question) -> RuleVerdict:
     """Rule `more-quant`: the best quantisation lying beside the file that the rig's cards would hold by themselves."""
-    rule, plan = "more-quant", question.plan
+    rule = "more-quant"
     for other in reversed(question.siblings):
         if other.weights_bytes <= question.model.weights_bytes:
             break
@@ -71,18 +77,46 @@ def more_quant(question: Question) -> RuleVerdict:
             text = f"{os.path.basename(other.path)} ({other.quantization}) lies beside it and fits: {outcome(better)}"  # noqa: PTH119 - no path is opened
             return RuleVerdict(id=rule, verdict="applies", text=text, source=_GUIDE)
     text = "no larger quantisation that would fit lies beside the file"
-    return RuleVerdict(id=rule, verdict="passes", text=text, source=_GUIDE, quiet=plan.refusal is None)
+    return RuleVerdict(id=rule, verdict="passes", text=text, source=_GUIDE, quiet=True)
 
 
 def _ranks(question: Question) -> str | None:
     """Tensor ranks by request, where they are faster and nothing but being experimental is against them."""
     plan = question.plan
     ranks = next((other for other in plan.alternatives if other.placement == "tensor" and other.fits), None)
-    if ranks is None or plan.placement != "pipeline" or ranks.tok_s is None or plan.tok_s is None:
+    if ranks is None or ranks.tok_s is None or plan.placement != "pipeline":
         return None
-    if ranks.tok_s.expected < _FASTER * plan.tok_s.expected:
+    if not _is_faster(ranks.tok_s, plan.tok_s):
         return None
     return f"--split tensor: GPU {indices(ranks.gpus)} as tensor ranks, {ranks.tok_s.words}; experimental"
+
+
+def _faster_split(question: Question) -> str | None:
+    """A split, where the one card that holds it is much slower than others together."""
+    plan, request = question.plan, question.request
+    split = next((other for other in plan.alternatives if other.placement == "pipeline" and other.fits), None)
+    if (
+        split is None
+        or request.split != "auto"
+        or plan.placement != "single"
+        or not _is_faster(split.tok_s, plan.tok_s)
+    ):
+        return None
+    other = choose(replace(request, split="pipeline", force=True), question.rig, question.job, offering=False)
+    return f"--split pipeline --force: {outcome(other)}" if _is_faster(other.tok_s, plan.tok_s) else None
+
+
+def _idle_cards(question: Question) -> str | None:
+    """Cards that somebody else uses now."""
+    rig = question.rig
+    idle = {gpu.index: idle_free_bytes(gpu.total_bytes) for gpu in rig.gpus if not gpu.unified}
+    busy = {gpu.index for gpu in rig.gpus if gpu.free_bytes < _BUSY * idle.get(gpu.index, 0)}
+    if not busy:
+        return None
+    gpus = (replace(gpu, free_bytes=idle[gpu.index]) if gpu.index in busy else gpu for gpu in rig.gpus)
+    other = question.again(rig=replace(rig, gpus=tuple(gpus)))
+    freed = [gpu for gpu in other.layout.gpus if gpu in busy]
+    return f"with GPU {indices(freed)} idle: {outcome(other)}" if freed and _is_better(other, question.plan) else None
 
 
 def _smaller_context(question: Question) -> str | None:
@@ -140,8 +174,11 @@ def _another(gpu: Gpu, index: int) -> Gpu:
 
 def _is_better(other: Plan, plan: Plan) -> bool:
     """Takes less, or is clearly faster."""
-    faster = plan.tok_s and other.tok_s and other.tok_s.expected >= _FASTER * plan.tok_s.expected
-    return _takes_less(other, plan) or (other.refusal is None and bool(faster))
+    return _takes_less(other, plan) or (other.refusal is None and _is_faster(other.tok_s, plan.tok_s))
+
+
+def _is_faster(other: Speed | None, speed: Speed | None) -> bool:
+    return other is not None and speed is not None and other.expected >= _FASTER * speed.expected
 
 
 def _takes_less(other: Plan, plan: Plan) -> bool:
@@ -160,7 +197,7 @@ def outcome(plan: Plan, *, named: bool = True) -> str:
     """`"GPU 0 alone, 36-42 tok/s predicted"`; `"2 cards by layers, …"` where the cards are not to be `named`."""
     cards = f"GPU {indices([device.gpu for device in plan.devices])}" if named else f"{len(plan.devices)} cards"
     words = {
-        "single": f"{cards} alone" if named else "one card",
+        "single": f"{cards} alone" if named else "one card alone",
         "pipeline": f"{cards} by layers",
         "tensor": f"{cards} as tensor ranks",
         "replicas": f"a replica on each of {cards}",

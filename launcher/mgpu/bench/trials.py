@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.adapter import Job
-from mgpu.decide.options import paces_of
+from mgpu.decide.case import paces_of
 from mgpu.decide.place import by_room, fastest_first, on_each, on_one
 from mgpu.decide.speed import forecast
 from mgpu.decide.weigh import weigh

@@ -8,27 +8,16 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Job
 from mgpu.decide import rules
+from mgpu.decide.case import Case, paces_of
 from mgpu.decide.compose import compose
 from mgpu.decide.consider import consider
 from mgpu.decide.matched import matched_sets, slow_slots, why_unmatched
 from mgpu.decide.misfit import explain_misfit, largest_ctx
-from mgpu.decide.options import (
-    Case,
-    Options,
-    fewest,
-    gpus_hold,
-    on_gpus,
-    paces_of,
-    ranks,
-    ranks_unasked,
-    split_over,
-    tok_s,
-    total,
-    weigh_options,
-)
-from mgpu.decide.place import as_pinned, by_room, on_host
+from mgpu.decide.options import Options, gpus_hold, on_gpus, ranks, ranks_unasked, tensor, weigh_options
+from mgpu.decide.place import as_pinned, by_room, on_each, on_host, roughly_hold
 from mgpu.decide.speed import forecast, host_seconds_per_token
-from mgpu.decide.weigh import Weighed, weigh
+from mgpu.decide.splits import fewest, split_over
+from mgpu.decide.weigh import Weighed, tok_s, total, weigh
 from mgpu.errors import DoesNotFitError, RefusedError, UsageError
 from mgpu.plan import Plan, Refusal, Speed
 from mgpu.request import Request
@@ -41,9 +30,12 @@ _TENSOR_MARGIN: Final = 1.05
 _EXPERIMENTAL_MARGIN: Final = 1.25
 
 
-def choose(request: Request, rig: Rig, job: Job) -> Plan:
-    """The plan for `job` on `rig`. Raises `UsageError` for cards that do not exist or a mode the runtime has not."""
-    case = _case(request, rig, job, consider(request, rig))
+def choose(request: Request, rig: Rig, job: Job, *, offering: bool = True) -> Plan:
+    """The plan for `job` on `rig`. Raises `UsageError` for cards that do not exist or a mode the runtime has not.
+
+    `offering`: where the cards do not hold it, look for what they would hold. It takes longer than all the rest.
+    """
+    case = replace(_case(request, rig, job, consider(request, rig)), offering=offering)
     _check_split(case)
     if request.ctx == "max":
         case = case.with_job(_at_largest_ctx(case))
@@ -69,9 +61,14 @@ def room_for_ctx(request: Request, rig: Rig, job: Job, plan: Plan) -> int | None
 
 
 def speed_by_room(job: Job, indices: tuple[int, ...], rig: Rig) -> Speed | None:
-    """What it would run at with layers on these cards in proportion to their free memory, as runtimes do it unasked."""
+    """What it would run at with layers on these cards in proportion to their free memory, as runtimes do it unasked.
+
+    None where they cannot hold it: the CPU would have to help.
+    """
     by_index = {gpu.index: gpu for gpu in rig.gpus}
     gpus = tuple(by_index[index] for index in indices)
+    if not roughly_hold(job, gpus):
+        return None
     return forecast(job, by_room(job, gpus), gpus, rig).tok_s
 
 
@@ -91,11 +88,11 @@ def _on_cards(case: Case, options: Options) -> Weighed | None:
     split = options.split
     if split is not None and options.balanced is not None and case.wants_balance:
         split = options.balanced
-    tensor = options.tensor if options.tensor is not None and ranks_unasked(case, options.tensor) else None
-    if tensor is None or split is None:
-        return split or tensor
+    ranked = options.tensor if options.tensor is not None and ranks_unasked(case, options.tensor) else None
+    if ranked is None or split is None:
+        return split or ranked
     margin = _EXPERIMENTAL_MARGIN if case.job.tensor_is_experimental else _TENSOR_MARGIN
-    return tensor if total(tensor) >= margin * total(split) else split
+    return ranked if total(ranked) >= margin * total(split) else split
 
 
 def _one_card_or_replicas(options: Options) -> Weighed | None:
@@ -115,6 +112,8 @@ def _by_hand(case: Case) -> Plan:
     if case.job.pinned.tensor_split is None:
         return _settle(case, weigh(case.job, on_host(case.job), (), case.rig), Options())
     layout, used = as_pinned(case.job, case.gpus)
+    if case.asked_mode == "tensor":
+        layout = on_each(case.job, used, "tensor")
     return _settle(case, weigh(case.job, layout, used, case.rig), Options())
 
 
@@ -126,7 +125,7 @@ def _check_split(case: Case) -> None:
         )
     if asked is not None and len(case.gpus) < 2:
         raise UsageError(
-            f"--split {asked} needs two GPUs, and there is {len(case.gpus)} to consider",
+            f"--split {asked} needs two GPUs, and there {'is one' if case.gpus else 'are none'} to consider",
             hint="`mgpu rig show` lists the GPUs; --gpus says which to consider",
         )
     if asked == "tensor":
@@ -141,14 +140,17 @@ def _check_split(case: Case) -> None:
 def _at_largest_ctx(case: Case) -> Job:
     """`--ctx max`: the largest context for the cards that the model needs anyway; more cards are no reason to split.
 
-    Where the cards do not hold the usual context, the largest that they hold; where they hold none, the usual one is
+    Replicas stay replicas. Where the cards do not hold the usual context, the largest that they hold; where they hold none, the usual one is
     left to the CPU's help. Without cards, RAM is the bound.
     """
     usual = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
-    best = on_gpus(case.with_job(usual))
+    with_usual = case.with_job(usual)
+    best = _on_cards(with_usual, weigh_options(with_usual)) if case.asked_mode is None else on_gpus(with_usual)
     cards = case if best is None else replace(case, gpus=best.gpus)
 
     def holds(job: Job) -> bool:
+        if best is not None and best.kind == "replicas" and case.asked_mode is None:
+            return weigh(job, best.layout, best.gpus, case.rig).fits
         if case.gpus:
             return gpus_hold(cards.with_job(job))
         return weigh(job, on_host(job), (), case.rig).fits
@@ -159,14 +161,14 @@ def _at_largest_ctx(case: Case) -> Job:
 
 
 def _split_by_request(case: Case, options: Options) -> Plan:
-    """`--split pipeline` or `tensor`: refused where one card would do, unless forced."""
-    tensor = case.asked_mode == "tensor"
-    split = _ranks_by_request(case) if tensor else _pipeline_by_request(case, options)
-    if split is None or not (split.fits or tensor):
+    """`--split pipeline` or `tensor`: refused where one card would do, unless forced, or demanded after `--`."""
+    as_ranks = case.asked_mode == "tensor"
+    split = _ranks_by_request(case) if as_ranks else _pipeline_by_request(case, options)
+    if split is None or not (split.fits or as_ranks):
         helped = _helped_by_cpu(case, options) if case.request.offload == "allow" else None
         return _settle(case, helped, options) if helped is not None else _misfit(case, options)
     why = _why_refused(case, split, options)
-    if why is None or case.request.force:
+    if why is None or case.request.force or case.job.pinned.mode == "tensor":
         return _settle(case, split, options)
     rule, text, hint = why
     refusal = Refusal(
@@ -186,7 +188,10 @@ def _pipeline_by_request(case: Case, options: Options) -> Weighed | None:
 
 
 def _ranks_by_request(case: Case) -> Weighed | None:
-    """All of `--gpus` where given; else the best set of matched cards, or of any where none match."""
+    """All of `--gpus` where given; else what the rules would pick; else the best set of matched cards, or of any."""
+    picked = None if case.request.gpus else tensor(case)
+    if picked is not None:
+        return picked
     weighed = [found for cards in _tensor_sets(case) if (found := ranks(case, cards)) is not None]
     return max(weighed, key=lambda one: (one.fits, why_unmatched(one.gpus) is None, total(one)), default=None)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from mgpu.decide import rules
+from mgpu.decide.case import Case
 from mgpu.decide.misfit import offers
-from mgpu.decide.options import Case, Options, Sketch
+from mgpu.decide.options import Options, Sketch
 from mgpu.decide.speed import complete
 from mgpu.decide.weigh import Weighed, users_each
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan, Refusal
 from mgpu.request import RuntimeName
+from mgpu.rig import Gpu
 from mgpu.units import gib
 
 
@@ -22,7 +25,7 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
         case=case,
         chosen=chosen,
         options=options,
-        offers=tuple(offers(case)) if chosen.kind == "offload" and options.singles else (),
+        offers=tuple(offers(case)) if chosen.kind == "offload" and not _by_hand(case) else (),
         refused_by=refusal.rule if refusal else None,
     )
     return Plan(
@@ -47,6 +50,12 @@ def compose(case: Case, chosen: Weighed, options: Options, refusal: Refusal | No
         refusal=refusal,
         users_each=users_each(job, layout),
     )
+
+
+def _by_hand(case: Case) -> bool:
+    """Whether flags after `--` say what stays on the host."""
+    pinned = case.job.pinned
+    return pinned.host_layers is not None or pinned.host_experts is not None
 
 
 def _devices(chosen: Weighed, n_blocks: int) -> tuple[DevicePlan, ...]:
@@ -80,10 +89,12 @@ def _alternatives(case: Case, chosen: Weighed, options: Options) -> Iterator[Alt
             short_bytes=other.short_bytes,
             tok_s=other.speed,
             total_tok_s=other.forecast.total_tok_s,
-            why_not=_why_not(case, chosen, other),
+            why_not=_why_not(case, chosen, other, options),
         )
     if options.needless is not None and chosen.kind == "single":
-        yield _sketched(case.job.runtime, options.needless, "needless split")
+        faster = options.needless.speed and chosen.speed and options.needless.speed.expected > chosen.speed.expected
+        why_not = "one card holds it" if faster else "needless split"
+        yield _sketched(case.job.runtime, options.needless, why_not)
     unasked = options.unasked
     if unasked is not None and chosen.kind == "pipeline" and unasked.layout.counts != chosen.layout.counts:
         yield _sketched(case.job.runtime, unasked, f"what {case.job.runtime} does unasked: by free memory alone")
@@ -113,23 +124,37 @@ def _sketched(runtime: RuntimeName, sketch: Sketch, why_not: str) -> Alternative
     )
 
 
-def _why_not(case: Case, chosen: Weighed, other: Weighed) -> str:
+def _why_not(case: Case, chosen: Weighed, other: Weighed, options: Options) -> str:
     if not other.fits:
         return f"short by {gib(other.short_bytes)}"
     if other.kind in {"offload", "cpu"}:
         return "the CPU comes last"
-    slower = _slower(case, chosen, other)
+    if case.asked_mode is not None and other.kind != case.asked_mode:
+        return f"{_ASKED[case.asked_mode]} asked for"
     if chosen.kind == "pipeline" and other.kind in {"tensor", "pipeline"}:
-        return _why_not_this_split(case, other, slower=slower)
-    if slower:
+        return _why_not_this_split(case, chosen, other, options)
+    if _slower(case, chosen, other):
         return "slower for all users together" if case.job.users > 1 else "slower"
-    return "no faster; comes after by room or index"
+    return _what_tells(chosen.gpus[0], other.gpus[0]) if other.speed else "its speed is not known"
 
 
-def _why_not_this_split(case: Case, other: Weighed, *, slower: bool) -> str:
+_ASKED: Final = {"pipeline": "a split by layers was", "tensor": "tensor ranks were"}
+
+
+def _what_tells(chosen: Gpu, other: Gpu) -> str:
+    """Rule `fastest-card`, between cards of one speed."""
+    if other.usable_bytes != chosen.usable_bytes:
+        return "as fast, less room"
+    return "as fast, but drives a display" if other.display and not chosen.display else "as fast, later in the rig"
+
+
+def _why_not_this_split(case: Case, chosen: Weighed, other: Weighed, options: Options) -> str:
     if other.kind == "pipeline":
-        return "evenly timed: for long prompts, many users" if slower else "fastest card first: for one user"
-    if slower or not case.job.tensor_is_experimental:
+        counts = "+".join(map(str, other.layout.counts))
+        if options.balanced is not None and other.layout == options.balanced.layout:
+            return f"{counts}, evenly timed: for long prompts, many users"
+        return f"{counts}, fastest card first: for one user"
+    if _slower(case, chosen, other) or not case.job.tensor_is_experimental:
         return "not enough faster"
     return "experimental: --split tensor asks for it"
 

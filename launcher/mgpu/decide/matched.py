@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Final
 
-from mgpu.rig import Gpu, Pcie, Rig
+from mgpu.rig import Gpu, LinkKind, Pcie, Rig
 
 #: PCIe 4.0 x8, in lanes of the first generation: what a link must have for its waits to pay (`tensor-when-matched`).
 _PAYS: Final = 8 * 2**3
@@ -14,6 +14,9 @@ _PAYS: Final = 8 * 2**3
 #: Slots that are too slow for tensor ranks whoever asks (rule `slow-slot`): fewer lanes, or an older generation.
 _LEAST_WIDTH: Final = 8
 _LEAST_GEN: Final = 3
+
+#: Of up to so many matched cards, every set is looked at.
+_FEW: Final = 8
 
 #: Cards of one model differ by what the driver keeps for itself.
 _SAME_MEMORY: Final = 0.02
@@ -24,13 +27,33 @@ def matched_sets(gpus: Sequence[Gpu], rig: Rig, *, paying: bool = True) -> Itera
 
     `paying`: only those whose links pay.
     """
-    groups = [group for group in _groups(gpus) if len(group) > 1]
-    for size in range(2, max(map(len, groups), default=0) + 1):
-        for group in groups:
-            if len(group) >= size:
-                best = min(combinations(group, size), key=lambda cards: _rank(cards, rig))
-                if link_pays(best, rig) or not paying:
-                    yield best
+    ways = _Ways(rig)
+    groups = [_best_sets(group, ways) for group in _groups(gpus) if len(group) > 1]
+    for size in range(2, max(map(len, groups), default=0) + 2):
+        for best in groups:
+            if size in best and (link_pays(best[size], rig) or not paying):
+                yield best[size]
+
+
+class _Ways(dict[tuple[int, int], LinkKind]):
+    """How cards reach each other, by rig indices, smaller first; plain PCIe where nobody says."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__({link.gpus: link.kind for link in reversed(rig.links)})
+
+    def __missing__(self, pair: tuple[int, int]) -> LinkKind:
+        return "pcie"
+
+
+def _best_sets(group: Sequence[Gpu], ways: _Ways) -> dict[int, tuple[Gpu, ...]]:
+    """By size, the best linked set of a group. Of many cards, each is the next larger one without its worst card."""
+    sizes = range(2, len(group) + 1)
+    if len(group) <= _FEW:
+        return {size: min(combinations(group, size), key=lambda cards: _rank(cards, ways)) for size in sizes}
+    best = {len(group): tuple(group)}
+    for size in reversed(sizes[:-1]):
+        best[size] = min(combinations(best[size + 1], size), key=lambda cards: _rank(cards, ways))
+    return best
 
 
 def _groups(gpus: Sequence[Gpu]) -> list[list[Gpu]]:
@@ -44,11 +67,11 @@ def _groups(gpus: Sequence[Gpu]) -> list[list[Gpu]]:
     return groups
 
 
-def _rank(cards: Sequence[Gpu], rig: Rig) -> tuple[float, ...]:
-    """Smallest first: pairs without NVLink, pairs without any direct way, the fullest card, the indices."""
-    kinds = [rig.link(a.index, b.index) for a, b in combinations(cards, 2)]
+def _rank(cards: Sequence[Gpu], ways: _Ways) -> tuple[float, ...]:
+    """Smallest first: cards in slow slots, pairs without NVLink or any direct way, the fullest card, the indices."""
+    kinds = [ways[a.index, b.index] for a, b in combinations(cards, 2)]
     apart = sum(kind != "nvlink" for kind in kinds), sum(kind == "pcie" for kind in kinds)
-    return (*apart, -min(gpu.usable_bytes for gpu in cards), sum(gpu.index for gpu in cards))
+    return len(slow_slots(cards)), *apart, -min(gpu.usable_bytes for gpu in cards), sum(gpu.index for gpu in cards)
 
 
 def why_unmatched(gpus: Sequence[Gpu]) -> str | None:

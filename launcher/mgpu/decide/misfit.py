@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from mgpu.adapter import Job
 from mgpu.decide import rules
-from mgpu.decide.options import Case, gpus_hold, on_gpus
+from mgpu.decide.case import Case
+from mgpu.decide.options import gpus_hold, on_gpus
 from mgpu.decide.weigh import Weighed, in_the_way
 from mgpu.errors import UsageError
 from mgpu.units import gib, gib_of
@@ -70,11 +71,14 @@ def _lack(closest: Weighed) -> str:
 def offers(case: Case) -> list[str]:
     """What the GPUs alone would hold: a smaller context, a smaller cache."""
     would: list[str] = []
+    if not case.offering:
+        return would
 
     def holds(job: Job) -> bool:
         return gpus_hold(case.with_job(job))
 
-    ctx = largest_ctx(case.job, holds, at_most=min(case.job.ctx, case.job.ctx_train))
+    at_most = min(case.job.ctx, case.job.ctx_train)
+    ctx = largest_ctx(case.job, holds, at_most=at_most) if holds(case.job.at_ctx(min(_LEAST_CTX, at_most))) else None
     if ctx is not None and _LEAST_CTX <= ctx < case.job.ctx:
         would.append(f"--ctx {ctx} would fit")
     if case.job.kv_type == "f16":
@@ -89,7 +93,7 @@ def _smaller_cache(case: Case) -> list[str]:
             smaller = case.with_job(case.job.at_kv_type(kv_type))
         except UsageError:
             continue
-        best = on_gpus(smaller)
+        best = on_gpus(smaller) if gpus_hold(smaller) else None
         if best is not None:
             taken = sum(need.total for need in best.devices)
             room = sum(gpu.usable_bytes for gpu in best.gpus)

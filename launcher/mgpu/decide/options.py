@@ -3,77 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite
-from typing import Final, Literal
+from math import isfinite
+from typing import Final
 
 from msgspec import Struct
-from msgspec.structs import replace
 
-from mgpu.adapter import Job
 from mgpu.decide import place
+from mgpu.decide.case import Case
 from mgpu.decide.matched import linked_directly, matched_sets
 from mgpu.decide.speed import forecast
-from mgpu.decide.weigh import Weighed, weigh
+from mgpu.decide.splits import balanced, fewest, pipeline
+from mgpu.decide.weigh import Weighed, total, weigh
 from mgpu.plan import Layout, Speed
-from mgpu.request import Request
-from mgpu.rig import Gpu, Rig
+from mgpu.rig import Gpu
 
 #: A further card takes part in what the CPU must help with only if that makes it this much faster.
 _WORTH_A_CARD: Final = 1.05
-
-#: A card of unknown speed counts as one that takes this many seconds for a token.
-_VERY_SLOW: Final = 100.0
-
-#: From this context on, prompts are expected to be so long that reading them matters as much as answering.
-LONG_CTX: Final = 65536
-
-#: Of sets of cards, those are tried whose speed on paper is within this of the best that was tried; so many at most.
-_WORTH_TRYING: Final = 1.03
-_MOST_TRIED: Final = 6
-
-
-class Case(Struct, frozen=True, kw_only=True):
-    """What is to be decided: a job, on these cards of this rig, as asked. `gpus` are those considered, in rig order."""
-
-    request: Request
-    rig: Rig
-    job: Job
-    gpus: tuple[Gpu, ...]
-    paces: place.Paces
-
-    @property
-    def ordered(self) -> tuple[Gpu, ...]:
-        """The cards considered, fastest first."""
-        return place.fastest_first(self.gpus, self.paces)
-
-    @property
-    def one_card_only(self) -> bool:
-        return self.request.split == "none" or self.job.pinned.single
-
-    @property
-    def asked_mode(self) -> Literal["pipeline", "tensor"] | None:
-        """The kind of split that was asked for, by option or by flags after `--`."""
-        if self.job.pinned.mode == "tensor":
-            return "tensor"
-        split = self.request.split
-        return split if split in {"pipeline", "tensor"} else None
-
-    @property
-    def wants_balance(self) -> bool:
-        """Whether stages that take equally long are worth more than the fastest answer to one short question.
-
-        Batches of many users, and of one long prompt, follow each other through a pipeline at its slowest stage's pace.
-        """
-        return self.job.users > 1 or self.job.ctx >= LONG_CTX
-
-    def with_job(self, job: Job) -> Case:
-        return replace(self, job=job)
-
-
-def paces_of(job: Job, gpus: Sequence[Gpu], rig: Rig) -> dict[int, float]:
-    """How long each card alone would take for one token of one user."""
-    speeds = {gpu.index: forecast(job, place.on_one(job, gpu), (gpu,), rig).tok_s for gpu in gpus}
-    return {index: inf if speed is None else 1 / speed.expected for index, speed in speeds.items()}
 
 
 class Sketch(Struct, frozen=True, kw_only=True):
@@ -110,7 +55,7 @@ class Options(Struct, frozen=True, kw_only=True):
     def with_cpu(self) -> Weighed | None:
         """The CPU's help: partial offload or everything on the CPU, by what lacks less, then by speed."""
         helped = [option for option in (self.offload, self.cpu) if option is not None]
-        return min(helped, key=lambda option: (option.short_bytes, -tok_s(option)), default=None)
+        return min(helped, key=lambda option: (option.short_bytes, -total(option)), default=None)
 
     @property
     def all(self) -> tuple[Weighed, ...]:
@@ -127,7 +72,7 @@ def weigh_options(case: Case) -> Options:
     if not case.one_card_only:
         split, ranks = fewest(case), tensor(case)
         if split is not None or ranks is not None:
-            even = _balanced(case, split)
+            even = balanced(case, split)
             return Options(singles=singles, split=split, balanced=even, tensor=ranks, unasked=_by_room(case, case.gpus))
     if not case.job.computes_on_cpu:
         return Options(singles=singles)
@@ -146,7 +91,7 @@ def on_gpus(case: Case) -> Weighed | None:
 def gpus_hold(case: Case) -> bool:
     """Whether there is any placement on cards alone: as `on_gpus`, without looking for the best."""
     job = case.job
-    if _hopeless(case):
+    if not place.roughly_hold(job, case.gpus):
         return False
     alone = (weigh(job, place.on_one(job, gpu), (gpu,), case.rig) for gpu in _roomiest_first(case.gpus))
     if any(single.fits for single in alone):
@@ -155,8 +100,7 @@ def gpus_hold(case: Case) -> bool:
         return False
     roomiest = _roomiest_first(case.gpus)
     for size in range(2, len(roomiest) + 1):
-        layout = place.pipeline(job, place.fastest_first(roomiest[:size], case.paces))
-        if layout is not None and weigh(job, layout, cards_of(layout, case.gpus), case.rig).fits:
+        if pipeline(case, place.fastest_first(roomiest[:size], case.paces)) is not None:
             return True
     return _replicas(case) is not None or _unasked(case, tensor(case)) is not None
 
@@ -206,92 +150,22 @@ def _replicas(case: Case) -> Weighed | None:
     return best
 
 
-def fewest(case: Case) -> Weighed | None:
-    """Rule `fewest-cards`: the smallest number of cards (of two and more) that holds it, and of those the fastest."""
-    sizes = range(2, len(case.gpus) + 1)
-    if _hopeless(case):
-        return None
-    return next((found for size in sizes if (found := split_over(case, size)) is not None), None)
-
-
-def _hopeless(case: Case) -> bool:
-    """Whether all cards together have less room than weights and cache take: nothing else need be looked at then."""
-    job = case.job
-    shape = place.pinned_shape(job, len(case.gpus))
-    everything = range(shape.host_layers, job.n_units)
-    needed = min((job.stored(everything, shape, gpu) for gpu in case.gpus), default=1)
-    return sum(gpu.usable_bytes for gpu in case.gpus) < needed
-
-
-def split_over(case: Case, size: int) -> Weighed | None:
-    """The fastest split over exactly `size` cards, or None."""
-    best: Weighed | None = None
-    bound, tried = 0.0, 0
-    for seconds, cards in _on_paper(case, size):
-        if best is not None and (seconds > bound or tried == _MOST_TRIED):
-            break
-        layout = place.pipeline(case.job, cards)
-        weighed = None if layout is None else weigh(case.job, layout, cards_of(layout, case.gpus), case.rig)
-        if weighed is None or not weighed.fits:
-            continue
-        tried += 1
-        bound = bound or seconds * _WORTH_TRYING
-        if best is None or (tok_s(weighed), weighed.least_spare) > (tok_s(best), best.least_spare):
-            best = weighed
-    if best is None:
-        return None
-    layout = place.evened(case.job, best.gpus, best.layout, case.paces)
-    return best if layout == best.layout else weigh(case.job, layout, best.gpus, case.rig)
-
-
-def _on_paper(case: Case, size: int) -> list[tuple[float, tuple[Gpu, ...]]]:
-    """Sets of `size` cards that may hold it, quickest first: (a measure of time, the cards).
-
-    Weights and cache are poured into the fastest card, then the next, as if they were a liquid. A card of unknown
-    speed counts as very slow.
-    """
-    job, shape = case.job, place.pinned_shape(case.job, size)
-    rooms = {gpu.index: place.net_room(job, gpu, shape) for gpu in case.gpus}
-    everything = range(shape.host_layers, job.n_units)
-    needed = min(job.stored(everything, shape, gpu) for gpu in case.gpus)
-    if sum(sorted(rooms.values())[-size:]) < needed:
-        return []
-    found: list[tuple[float, tuple[Gpu, ...]]] = []
-    for cards in place.subsets([gpu for gpu in case.ordered if rooms[gpu.index] > 0], size):
-        left, seconds = needed, 0.0
-        for gpu in cards:
-            taken = min(rooms[gpu.index], left)
-            seconds += taken * min(case.paces[gpu.index], _VERY_SLOW)
-            left -= taken
-        if left <= 0:
-            found.append((seconds, cards))
-    return sorted(found, key=lambda one: one[0])
-
-
-def _balanced(case: Case, split: Weighed | None) -> Weighed | None:
-    """The same cards with stages that take equally long, where that is another split."""
-    if split is None or len({case.paces[gpu.index] for gpu in split.gpus}) == 1:
-        return None
-    layout = place.balanced(case.job, split.gpus, case.paces)
-    if layout is None or layout.counts == split.layout.counts:
-        return None
-    weighed = weigh(case.job, layout, split.gpus, case.rig)
-    return weighed if weighed.fits else None
-
-
 def tensor(case: Case) -> Weighed | None:
-    """Rule `tensor-when-matched`: ranks on the fewest matched cards that hold it; for many users, the best number."""
+    """Rule `tensor-when-matched`: ranks on the fewest matched cards that hold it; for many users, the best number.
+
+    Those that may be chosen unasked come before those that may not.
+    """
     pinned = case.job.pinned
     if pinned.host_layers is not None or pinned.host_experts is not None or pinned.tensor_split is not None:
         return None
-    best: Weighed | None = None
+    found: list[Weighed] = []
     for cards in matched_sets(case.gpus, case.rig):
-        if best is not None and case.job.users == 1 and len(cards) > len(best.gpus):
+        if found and case.job.users == 1 and len(cards) > len(found[0].gpus):
             break
         weighed = ranks(case, cards)
-        if weighed is not None and weighed.fits and (best is None or total(weighed) > total(best)):
-            best = weighed
-    return best
+        if weighed is not None and weighed.fits:
+            found.append(weighed)
+    return max(found, key=lambda one: (ranks_unasked(case, one), total(one)), default=None)
 
 
 def ranks(case: Case, cards: tuple[Gpu, ...]) -> Weighed | None:
@@ -302,8 +176,12 @@ def ranks(case: Case, cards: tuple[Gpu, ...]) -> Weighed | None:
 
 
 def _needless(case: Case) -> Sketch | None:
-    """The split the runtime would make of it unasked, over the two fastest cards: what rule `fits-one-card` saves."""
-    return _by_room(case, case.ordered[:2])
+    """The split the runtime would make of it unasked, over the fewest of the fastest cards that may hold it.
+
+    What rule `fits-one-card` saves; or what it costs, where the one card that holds it is slow.
+    """
+    fastest = (case.ordered[:size] for size in range(2, len(case.gpus) + 1))
+    return _by_room(case, next((gpus for gpus in fastest if place.roughly_hold(case.job, gpus)), ()))
 
 
 def _by_room(case: Case, gpus: tuple[Gpu, ...]) -> Sketch | None:
@@ -326,40 +204,26 @@ def _offload(case: Case) -> Weighed | None:
 
 
 def _best_offload(case: Case, gpus: Sequence[Gpu]) -> Weighed | None:
+    n_at_once = 1 if case.one_card_only else min(len(gpus), 2)
+    gpus = [gpu for gpu in gpus if place.holds_one(case.job, gpu, n_at_once)]  # a full card is in nobody's way
     sizes = range(len(gpus), 0, -1)
-    sets = [tuple(gpus[i : i + 1]) for i in range(len(gpus))] if case.one_card_only else [gpus[:n] for n in sizes]
+    sets = [gpus[i : i + 1] for i in range(len(gpus))] if case.one_card_only else [gpus[:n] for n in sizes]
     found: list[Weighed] = []
     best: Weighed | None = None
     for cards in sets:
         layout = place.least_offload(case.job, cards)
         if layout is None:
             continue
-        found.append(weigh(case.job, layout, cards_of(layout, case.gpus), case.rig))
-        best = min(found, key=lambda one: (one.short_bytes, -tok_s(one)))
-        if not case.one_card_only and tok_s(found[-1]) * _WORTH_A_CARD < tok_s(best):
+        found.append(weigh(case.job, layout, place.cards_of(layout, case.gpus), case.rig))
+        best = min(found, key=lambda one: (one.short_bytes, -total(one)))
+        if not case.one_card_only and total(found[-1]) * _WORTH_A_CARD < total(best):
             break  # still fewer cards are slower still
     # Fewest cards here, too: one more has to be worth it.
-    as_good = (one for one in found if best and one.fits and tok_s(one) * _WORTH_A_CARD >= tok_s(best))
+    as_good = (one for one in found if best and one.fits and total(one) * _WORTH_A_CARD >= total(best))
     return min(as_good, key=lambda one: len(one.gpus), default=best)
-
-
-def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    """The cards of a layout, in its order."""
-    by_index = {gpu.index: gpu for gpu in gpus}
-    return tuple(by_index[index] for index in layout.gpus)
 
 
 def _rank(single: Weighed) -> tuple[float, int, bool, int]:
     """Rule `fastest-card`: predicted speed, then free memory, then no display, then the index."""
     gpu = single.gpus[0]
-    return (-tok_s(single), -gpu.usable_bytes, gpu.display, gpu.index)
-
-
-def tok_s(weighed: Weighed) -> float:
-    """The expected speed for one user; 0 where it is unknown."""
-    return weighed.speed.expected if weighed.speed else 0.0
-
-
-def total(weighed: Weighed) -> float:
-    """The expected speed for all users together; 0 where it is unknown."""
-    return weighed.total.expected if weighed.total else 0.0
+    return (-total(single), -gpu.usable_bytes, gpu.display, gpu.index)

@@ -33,6 +33,20 @@ def pinned_shape(job: Job, n_devices: int) -> Shape:
     return Shape(n_devices=n_devices, host_layers=layers, host_experts=pinned.host_experts or 0)
 
 
+def cards_of(layout: Layout, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """The cards of a layout, in its order."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    return tuple(by_index[index] for index in layout.gpus)
+
+
+def roughly_hold(job: Job, gpus: Sequence[Gpu]) -> bool:
+    """False only where all these cards together have less room than weights and cache take. Quick to ask."""
+    shape = pinned_shape(job, len(gpus))
+    everything = range(shape.host_layers, job.n_units)
+    needed = min((job.stored(everything, shape, gpu) for gpu in gpus), default=1)
+    return sum(gpu.usable_bytes for gpu in gpus) >= needed
+
+
 def on_one(job: Job, gpu: Gpu) -> Layout:
     """Everything on one card, whether it fits or not."""
     shape = pinned_shape(job, 1)
@@ -202,7 +216,7 @@ def as_pinned(job: Job, gpus: Sequence[Gpu]) -> tuple[Layout, tuple[Gpu, ...]]:
 
 def least_offload(job: Job, gpus: Sequence[Gpu]) -> Layout | None:
     """As little as possible on the host: experts first where there are any, then whole layers. None: nothing fits."""
-    if not all(_holds_one(job, gpu, len(gpus)) for gpu in gpus):
+    if not all(holds_one(job, gpu, len(gpus)) for gpu in gpus):
         return None
     n, given = len(gpus), job.pinned.host_experts
     n_blocks = job.n_units - 1
@@ -225,7 +239,7 @@ def least_offload(job: Job, gpus: Sequence[Gpu]) -> Layout | None:
     )
 
 
-def _holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
+def holds_one(job: Job, gpu: Gpu, n_devices: int) -> bool:
     """Whether the card has room for its overhead, its compute buffer and a single unit."""
     last = range(job.n_units - 1, job.n_units)
     shape = Shape(n_devices=n_devices, host_layers=job.n_units - 1)

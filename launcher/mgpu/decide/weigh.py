@@ -115,3 +115,13 @@ def _kind(layout: Layout) -> PlacementKind:
     if layout.shape.host_layers or layout.shape.host_experts:
         return "offload"
     return "single" if len(layout.gpus) == 1 else "pipeline"
+
+
+def tok_s(weighed: Weighed) -> float:
+    """The expected speed for one user; 0 where it is unknown."""
+    return weighed.speed.expected if weighed.speed else 0.0
+
+
+def total(weighed: Weighed) -> float:
+    """The expected speed for all users together; 0 where it is unknown."""
+    return weighed.total.expected if weighed.total else 0.0

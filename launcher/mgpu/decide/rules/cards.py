@@ -8,10 +8,11 @@ from typing import Final
 from msgspec.structs import replace
 
 from mgpu.adapter import Job
+from mgpu.decide.options import Sketch
 from mgpu.decide.place import fastest_first, on_one
 from mgpu.decide.rules.ruling import BENCH, GUIDE, Ruling, about, compared, label, n_cards, quiet, speed_text
 from mgpu.decide.speed import forecast
-from mgpu.decide.weigh import in_the_way
+from mgpu.decide.weigh import Weighed, in_the_way
 from mgpu.plan import Layout, RuleVerdict, Shape, Speed
 from mgpu.rig import Gpu, Rig
 from mgpu.units import GIB, gib, gib_of
@@ -53,14 +54,22 @@ def fits_one_card(ruling: Ruling) -> RuleVerdict:
             text += f"; one would, but for {culprits}" if culprits else ""
         return RuleVerdict(id=rule, verdict="passes", text=text, source=source)
     gpu = best.gpus[0]
-    text = f"fits on {label(gpu)}: {gib_of(best.devices[0].total, gpu.usable_bytes)}"
+    rest = "the rest " if best.kind == "offload" else ""  # flags after `--` leave something to the CPU
+    text = f"{rest}fits on {label(gpu)}: {gib_of(best.devices[0].total, gpu.usable_bytes)}"
     if ruling.is_split:
         text += f"; split over {len(chosen.gpus)} all the same, by request{compared(chosen, best)}"
         return RuleVerdict(id=rule, verdict="warns", text=text, source=source)
-    needless = options.needless
-    if needless is not None:
-        text += f"; a split over {len(needless.gpus)} would be needless{compared(needless, best)}"
+    if options.needless is not None:
+        text += f"; {_needless(options.needless, best)}"
     return RuleVerdict(id=rule, verdict="applies", text=text, source=source)
+
+
+def _needless(split: Sketch, single: Weighed) -> str:
+    """What a split would change; where the cards without the one that holds it are that much faster, how to have it."""
+    over = f"a split over {len(split.gpus)} would be"
+    if split.speed and single.speed and split.speed.expected > single.speed.expected:
+        return f"{over} faster{compared(split, single)}, by request: --split pipeline --force"
+    return f"{over} needless{compared(split, single)}"
 
 
 def fastest_card(ruling: Ruling) -> RuleVerdict:
@@ -84,21 +93,25 @@ def fewest_cards(ruling: Ruling) -> RuleVerdict:
     rule, chosen, considered = "fewest-cards", ruling.chosen, ruling.case.gpus
     if len(considered) < 2 or not chosen.gpus:
         return quiet(rule, "there is one card" if len(considered) == 1 else "no card takes part")
+    if not chosen.fits:
+        return quiet(rule, "they do not hold it")
     used = {gpu.index for gpu in chosen.gpus}
     free = [gpu for gpu in considered if gpu.index not in used]
     if free:
         names = ", ".join(label(gpu) for gpu in free) if len(free) <= _NAMED else f"the other {len(free)}"
-        serve = "serve the users" if chosen.kind == "replicas" else "hold it"
-        text = f"{len(used)} of {len(considered)} cards {serve}; left free and hidden from the runtime: {names}"
+        text = f"uses {len(used)} of {len(considered)} cards; left free and hidden from the runtime: {names}"
         return RuleVerdict(id=rule, verdict="applies", text=text, source=GUIDE)
-    return RuleVerdict(id=rule, verdict="passes", text=f"all {len(considered)} cards are in use", source=GUIDE)
+    both = "both" if len(considered) == 2 else f"all {len(considered)}"
+    return RuleVerdict(id=rule, verdict="passes", text=f"{both} cards are in use", source=GUIDE)
 
 
 def use_what_you_own(ruling: Ruling) -> RuleVerdict:
     """An unequal second card still beats the CPU."""
     rule, chosen = "use-what-you-own", ruling.chosen
-    if not ruling.is_split or len({_pace(gpu) for gpu in chosen.gpus}) < 2:
+    if not ruling.is_split or not _are_unequal(chosen.gpus) or chosen.layout.shape.mode != "pipeline":
         return quiet(rule, "no unequal cards share the model")
+    if not chosen.fits or ruling.options.single is not None:
+        return quiet(rule, "one card holds it" if chosen.fits else "the cards do not hold it")
     main, *others = fastest_first(chosen.gpus, ruling.case.paces)
     kept = sum(len(span) for span, gpu in zip(chosen.layout.spans(), chosen.gpus, strict=True) if gpu is not main)
     names = " and ".join(label(gpu) for gpu in others) if len(others) <= _NAMED else f"{len(others)} slower cards"
@@ -126,8 +139,8 @@ def _with_cpu_instead(ruling: Ruling, main: Gpu) -> Speed | None:
     return forecast(job, layout, (main,), ruling.case.rig).tok_s if n < job.n_units else None
 
 
-def _pace(gpu: Gpu) -> tuple[int | None, int]:
-    return gpu.bandwidth_bytes_per_s, gpu.total_bytes
+def _are_unequal(gpus: Sequence[Gpu]) -> bool:
+    return len({(gpu.bandwidth_bytes_per_s, gpu.total_bytes) for gpu in gpus}) > 1
 
 
 def two_cheap_cards(ruling: Ruling) -> RuleVerdict:
@@ -136,7 +149,9 @@ def two_cheap_cards(ruling: Ruling) -> RuleVerdict:
     source = f"{GUIDE}: 32B Q4 18-22 tok/s on 2x 3060, 35-40 on one 3090"
     if not ruling.is_split or any(gpu.total_bytes > _CHEAP or gpu.unified for gpu in chosen.gpus):
         return quiet(rule, "no small cards share the model", source)
-    one = _one_card_instead(chosen.gpus)
+    if ruling.options.single is not None:
+        return quiet(rule, "one card holds it", source)
+    one = _one_card_instead(ruling.case.job, chosen.gpus)
     speed = None if one is None else _speed_alone(ruling.case.job, one, ruling.case.rig)
     if one is None or speed is None or chosen.speed is None:
         return quiet(rule, "no single card of the summed size is known", source)
@@ -149,17 +164,25 @@ def two_cheap_cards(ruling: Ruling) -> RuleVerdict:
     return RuleVerdict(id=rule, verdict="applies", text=text, source=source)
 
 
-def _one_card_instead(gpus: Sequence[Gpu]) -> Gpu | None:
-    from mgpu_profiles.gpus import find_spec
-
+def _one_card_instead(job: Job, gpus: Sequence[Gpu]) -> Gpu | None:
+    """The smallest of those people buy that has the summed size and holds the whole model."""
     needed = sum(gpu.total_bytes for gpu in gpus)
-    name = next((name for size, name in _ONE_CARD if size * GIB * 1.02 >= needed), None)
-    spec = None if name is None else find_spec(name, needed)
+    cards = (_bought(name, size * GIB) for size, name in _ONE_CARD if size * GIB * 1.02 >= needed)
+    everything, shape = range(job.n_units), Shape(n_devices=1)
+    return next((gpu for gpu in cards if gpu and job.device(everything, shape, gpu).total <= gpu.usable_bytes), None)
+
+
+def _bought(name: str, size: int) -> Gpu | None:
+    from mgpu_profiles.gpus import find_spec
+    from mgpu_profiles.rigs import idle_free_bytes
+
+    spec = find_spec(name, size)
     if spec is None or spec.bandwidth_bytes_per_s is None or spec.vram_bytes is None:
         return None
     return Gpu(
-        index=0, name=name or "", vendor=spec.vendor, total_bytes=spec.vram_bytes, free_bytes=spec.vram_bytes,
-        bandwidth_bytes_per_s=spec.bandwidth_bytes_per_s, compute_capability=spec.compute_capability,
+        index=0, name=name, vendor=spec.vendor, total_bytes=spec.vram_bytes,
+        free_bytes=idle_free_bytes(spec.vram_bytes), bandwidth_bytes_per_s=spec.bandwidth_bytes_per_s,
+        compute_capability=spec.compute_capability,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from typing import Final
 
 from mgpu.decide.matched import slow_slots, why_unmatched
 from mgpu.decide.rules.modes import slow_words
-from mgpu.decide.rules.ruling import GUIDE, Ruling, quiet, speed_text
-from mgpu.plan import RuleVerdict
+from mgpu.decide.rules.ruling import GUIDE, MIN_TOK_S, Ruling, quiet, speed_text
+from mgpu.plan import RuleVerdict, Verdict
 from mgpu.rig import Gpu
 from mgpu.units import gib
 
@@ -21,24 +21,43 @@ _LEAST_SHARE: Final = 0.55
 
 def cpu_offload_last(ruling: Ruling) -> RuleVerdict:
     """The CPU's help is the last resort; experts go first where there are any."""
-    rule, chosen, job = "cpu-offload-last", ruling.chosen, ruling.case.job
-    shape, n_blocks = chosen.layout.shape, job.n_units - 1
-    if chosen.kind not in {"offload", "cpu"}:
-        with_cpu = ruling.options.with_cpu
-        if not chosen.fits and with_cpu is not None:
-            text = f"the GPUs do not hold it; with the CPU's help {speed_text(with_cpu.speed)}"
-            text += "" if with_cpu.fits else f", and RAM short by {gib(with_cpu.host_short)}"
-            return RuleVerdict(id=rule, verdict="refuses", text=text, source=GUIDE)
+    rule, chosen, with_cpu = "cpu-offload-last", ruling.chosen, ruling.options.with_cpu
+    if chosen.kind in {"offload", "cpu"}:
+        text = f"{_on_the_cpu(ruling)} on the CPU {speed_text(chosen.speed)}"
+        if ruling.refused_by == rule:
+            text += _below()
+        elif ruling.offers:
+            text += f"; on the GPUs alone: {', '.join(ruling.offers)}"
+        return RuleVerdict(id=rule, verdict="warns", text=text, source=GUIDE)
+    if chosen.fits or with_cpu is None:
         return RuleVerdict(id=rule, verdict="passes", text="every layer is on a GPU", source=GUIDE)
-    if chosen.kind == "cpu":
-        text = f"all layers on the CPU {speed_text(chosen.speed)}"
-    elif shape.host_experts:
-        text = f"the experts of {shape.host_experts} of {n_blocks} layers on the CPU {speed_text(chosen.speed)}"
-    else:
-        text = f"{min(shape.host_layers, n_blocks)} of {n_blocks} layers on the CPU {speed_text(chosen.speed)}"
-    if ruling.offers:
-        text += f"; on the GPUs alone: {', '.join(ruling.offers)}"
-    return RuleVerdict(id=rule, verdict="warns", text=text, source=GUIDE)
+    text = f"the GPUs do not hold it; with the CPU's help {speed_text(with_cpu.speed)}"
+    if not with_cpu.fits:
+        text += f", and RAM short by {gib(with_cpu.host_short)}"
+    elif ruling.case.request.offload == "never":
+        text += ", which --offload never rules out"
+    elif ruling.refused_by == rule:
+        text += _below()
+    verdict: Verdict = "warns" if ruling.case.request.force else "refuses"
+    return RuleVerdict(id=rule, verdict=verdict, text=text, source=GUIDE)
+
+
+def _on_the_cpu(ruling: Ruling) -> str:
+    """`"38 of 80 layers"`, `"the experts of 20 of 48 layers"`, or both."""
+    shape, n_blocks = ruling.chosen.layout.shape, ruling.case.job.n_units - 1
+    layers = min(shape.host_layers, n_blocks)
+    if layers == n_blocks or ruling.chosen.kind == "cpu":
+        return "all layers"
+    experts = max(shape.host_experts - layers, 0)
+    if not experts:
+        return f"{layers} of {n_blocks} layers"
+    if layers:
+        return f"{layers} of {n_blocks} layers and the experts of {experts} more"
+    return f"the experts of {experts} of {n_blocks} layers"
+
+
+def _below() -> str:
+    return f": below {MIN_TOK_S:.0f} tok/s it starts only with --offload allow"
 
 
 def more_quant(ruling: Ruling) -> RuleVerdict:
@@ -48,12 +67,16 @@ def more_quant(ruling: Ruling) -> RuleVerdict:
 
 
 def runtime_choice(ruling: Ruling) -> RuleVerdict:
-    """Mixed cards or control: llama.cpp; several users on matched cards: vLLM; EXL2 and EXL3: ExLlama."""
+    """Mixed cards or control: llama.cpp; several users on matched cards: vLLM; EXL2 and EXL3: ExLlama.
+
+    For a runtime without rivals. Where several were weighed, `mgpu.decide.runtime` has the last word.
+    """
     rule, job, cards = "runtime-choice", ruling.case.job, ruling.case.gpus
     if ruling.case.request.runtime != "auto":
         return quiet(rule, f"{job.runtime} was asked for")
     if job.runtime != "llama.cpp":
-        return RuleVerdict(id=rule, verdict="passes", text=f"{job.runtime} reads this format", source=GUIDE)
+        text = f"{job.runtime}: what reads {job.work.model.format}"
+        return RuleVerdict(id=rule, verdict="passes", text=text, source=GUIDE)
     matched = len(cards) > 1 and why_unmatched(cards) is None
     if job.users > 1 and matched:
         text = "llama.cpp, as this is a GGUF; for several users on matched cards vLLM with safetensors does more"

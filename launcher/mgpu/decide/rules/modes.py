@@ -7,7 +7,7 @@ from typing import Final
 from mgpu.decide.matched import link_pays, slow_slots, why_unmatched
 from mgpu.decide.rules.ruling import BENCH, GUIDE, Ruling, about, label, n_cards, quiet
 from mgpu.decide.weigh import Weighed
-from mgpu.plan import RuleVerdict, Speed, Verdict
+from mgpu.plan import RuleVerdict, Verdict
 from mgpu.rig import Gpu, Rig
 from mgpu.units import GB, gib
 
@@ -30,8 +30,10 @@ def mixed_is_pipeline(ruling: Ruling) -> RuleVerdict:
     smallest = min(gpu.total_bytes for gpu in chosen.gpus)
     figures = ", ".join(f"{label(gpu)} {_figures(gpu)}" for gpu in chosen.gpus[:3])
     ranks = f"tensor ranks would get {len(chosen.gpus)} x {gib(smallest)} and wait for the slowest"
-    verdict: Verdict = "warns" if chosen.kind == "tensor" else "applies"
-    return RuleVerdict(id=rule, verdict=verdict, text=f"{why}, so by layers: {figures}; {ranks}", source=GUIDE)
+    if chosen.kind == "tensor":
+        ranks = f"tensor ranks all the same, by request: {len(chosen.gpus)} x {gib(smallest)}, and the slowest's pace"
+        return RuleVerdict(id=rule, verdict="warns", text=f"{why}: {figures}; {ranks}", source=GUIDE)
+    return RuleVerdict(id=rule, verdict="applies", text=f"{why}, so by layers: {figures}; {ranks}", source=GUIDE)
 
 
 def _figures(gpu: Gpu) -> str:
@@ -46,31 +48,40 @@ def tensor_when_matched(ruling: Ruling) -> RuleVerdict:
     experimental = f"; experimental in {job.runtime}" if job.tensor_is_experimental else ""
     if chosen.kind == "tensor":
         pipeline = options.split
-        text = f"{len(chosen.gpus)} matched cards, {link_words(chosen.gpus, ruling.case.rig)}"
+        text = f"{_alike(chosen.gpus)}, {link_words(chosen.gpus, ruling.case.rig)}"
         if pipeline is not None:
-            text += f": {_both(chosen.total, pipeline.total)}"
+            text += f": {_both(chosen, pipeline)}"
         verdict: Verdict = "warns" if job.tensor_is_experimental or _doubtful(ruling) else "applies"
         return RuleVerdict(id=rule, verdict=verdict, text=text + experimental, source=source)
     if not ruling.is_split or chosen.kind == "offload":
         return quiet(rule, "no split without the CPU", source)
     if options.tensor is not None:
-        text = f"tensor ranks on {n_cards(len(options.tensor.gpus))}: {_both(options.tensor.total, chosen.total)}"
-        if faster(options.tensor, chosen):
+        text = f"tensor ranks on {n_cards(len(options.tensor.gpus))}: {_both(options.tensor, chosen)}"
+        if _is_faster(options.tensor, chosen):
             text += f"{experimental}, and without NVLink or P2P only by request: --split tensor"
         else:
             text += ", not enough more"
         return RuleVerdict(id=rule, verdict="passes", text=text, source=source)
-    return RuleVerdict(id=rule, verdict="passes", text=f"no tensor ranks: {why_no_ranks(ruling)}", source=source)
+    return RuleVerdict(id=rule, verdict="passes", text=f"no tensor ranks: {_why_no_ranks(ruling)}", source=source)
 
 
-def faster(ranks: Weighed, chosen: Weighed) -> bool:
+def _alike(gpus: tuple[Gpu, ...]) -> str:
+    """`"2 matched cards"`, or how they differ."""
+    return why_unmatched(gpus) or f"{len(gpus)} matched cards"
+
+
+def _is_faster(ranks: Weighed, chosen: Weighed) -> bool:
     """Whether tensor ranks are predicted to be faster at all."""
     return bool(ranks.total and chosen.total and ranks.total.expected > chosen.total.expected)
 
 
-def why_no_ranks(ruling: Ruling) -> str:
+def _why_no_ranks(ruling: Ruling) -> str:
     """What kept tensor ranks out of the choice."""
     cards = ruling.chosen.gpus
+    if not ruling.options.singles:
+        return "the layout was given by hand"
+    if ruling.options.single is not None:
+        return "one card holds it"
     unmatched = why_unmatched(cards)
     if unmatched is not None:
         return unmatched
@@ -78,12 +89,15 @@ def why_no_ranks(ruling: Ruling) -> str:
     if why is not None:
         return why
     if not link_pays(cards, ruling.case.rig):
-        return f"{link_words(cards, ruling.case.rig)} is too slow a link; NVLink, P2P or PCIe 4.0 x8 would do"
+        link = link_words(cards, ruling.case.rig)
+        slow = f"over {link}" if "unknown" in link else f"{link} is too slow a link"
+        return f"{slow}; NVLink, P2P or PCIe 4.0 x8 would do"
     return "the cards would not hold them"
 
 
-def _both(ranks: Speed | None, pipeline: Speed | None) -> str:
-    return f"{about(ranks)} tok/s, by layers {about(pipeline)} (predicted)"
+def _both(ranks: Weighed, pipeline: Weighed) -> str:
+    together = " together" if ranks.forecast.total_tok_s is not None else ""
+    return f"{about(ranks.total)} tok/s{together}, by layers {about(pipeline.total)} (predicted)"
 
 
 def _doubtful(ruling: Ruling) -> bool:
@@ -109,6 +123,9 @@ def split_by_layers(ruling: Ruling) -> RuleVerdict:
     if not ruling.is_split or chosen.kind == "tensor" or not chosen.fits:
         return quiet(rule, "nothing is split by layers", source)
     counts = "+".join(str(count) for count in chosen.layout.counts)
+    if ruling.case.job.pinned.tensor_split is not None:
+        text = f"{counts} whole layers (the last card's include the output layer), as demanded after `--`"
+        return RuleVerdict(id=rule, verdict="applies", text=text, source=source)
     text = f"{counts} whole layers (the last card's include the output layer), from real layer sizes and free memory"
     options = ruling.options
     if options.balanced is not None and chosen.layout == options.balanced.layout:

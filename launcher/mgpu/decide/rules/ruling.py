@@ -6,7 +6,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from mgpu.decide.options import Case, Options, Sketch
+from mgpu.decide.case import Case
+from mgpu.decide.options import Options, Sketch
 from mgpu.decide.weigh import Weighed
 from mgpu.plan import RuleVerdict, Speed
 from mgpu.rig import Gpu, short_name

@@ -73,7 +73,7 @@ def decode(work: Work, layout: Layout, gpus: Sequence[Gpu], rig: Rig, *, older: 
     paces: list[Pace] = []
     each: list[float] = []
     shape = layout.shape
-    n_host_experts = _host_experts(work, shape)
+    n_host_experts = host_experts(work, shape)
     for gpu, span in zip(gpus, layout.spans(), strict=True):
         pace = pace_of(gpu, work.runtime, older)
         if pace is None:
@@ -133,14 +133,15 @@ def host_seconds(work: Work, shape: Shape, ram_bandwidth: int | None) -> float:
     whole = work.n_units if not shape.n_devices else shape.host_layers
     if not (whole or shape.host_experts or work.host_experts or work.cache_on_host):
         return 0.0
-    routed = _host_experts(work, shape) if shape.n_devices else 0
+    routed = host_experts(work, shape) if shape.n_devices else 0
     read = work.weights[whole] + work.experts[max(whole, routed)]
     read += work.cache[-1 if work.cache_on_host else whole]
     seconds = read / ((ram_bandwidth or ASSUMED_RAM_BANDWIDTH) * RAM_SHARE)
     return seconds + work.layers[whole] * HOST_LAYER + max(routed - whole, 0) * HOST_EXPERTS
 
 
-def _host_experts(work: Work, shape: Shape) -> int:
+def host_experts(work: Work, shape: Shape) -> int:
+    """The first blocks whose routed experts the host keeps."""
     if not (shape.host_experts or work.host_experts):
         return 0
     return min(max(shape.host_experts, work.host_experts), work.n_units)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Final
 
@@ -42,7 +41,12 @@ def correction(work: Work, layout: Layout, rig: Rig) -> float | None:
         if one.predicted and one.runtime == work.runtime and one.gpus and {kinds.get(gpu) for gpu in one.gpus} <= cards
     ]
     credible = [ratio for ratio in ratios if _CREDIBLE[0] <= ratio <= _CREDIBLE[1]]
-    return statistics.median(credible) if credible else None
+    return _median(credible) if credible else None
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def _is_same_model(one: Measured, work: Work) -> bool:

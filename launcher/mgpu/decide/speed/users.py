@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mgpu.adapter import Work
-from mgpu.decide.speed.decode import decode_seconds
+from mgpu.decide.speed.decode import (
+    ASSUMED_RAM_BANDWIDTH,
+    RAM_SHARE,
+    decode_seconds,
+    host_experts,
+    host_seconds,
+)
 from mgpu.decide.speed.links import all_reduce
 from mgpu.decide.speed.pace import Pace, pace_of
 from mgpu.decide.speed.prompt import ASSUMED_CORES, CORE_FLOPS, touched
@@ -26,7 +32,7 @@ def total_tok_s(work: Work, layout: Layout, gpus: Sequence[Gpu], rig: Rig, *, ol
     if work.runtime == "vllm" and layout.shape.mode == "pipeline":  # each stage works for another group of users
         groups = min(max(len(gpus), 1), users)
     each = -(-users // groups)
-    step = alone + _more_users(work, layout, paces, each)
+    step = alone + _more_users(work, layout, paces, each) + _more_on_host(work, layout.shape, rig, each)
     if layout.shape.mode == "tensor":
         step += all_reduce(work, gpus, rig, each) - all_reduce(work, gpus, rig)
     return users / step
@@ -58,14 +64,41 @@ def _more_users(work: Work, layout: Layout, paces: Sequence[Pace], users: int) -
     """What a step takes longer for `users` than for one: their caches, the experts they go to, and operations."""
     more = users - 1
     ranks = len(paces) if layout.shape.mode == "tensor" else 1
+    n_host_experts = host_experts(work, layout.shape)
     seconds = 0.0
     for pace, span in zip(paces, layout.spans(), strict=True):
         i, j = span.start, span.stop
+        first = min(max(i, n_host_experts), j)
         looks = (work.cache[j] - work.cache[i]) * pace.cache + (work.heads[j] - work.heads[i]) * pace.head
         compute = (work.flops[j] - work.flops[i]) / pace.flops
-        experts = (work.experts[j] - work.experts[i]) * (touched(work, users) - 1) * pace.weight
+        experts = (work.experts[j] - work.experts[first]) * (touched(work, users) - 1) * pace.weight
         part = (more * (looks + compute) + experts) / ranks
         seconds = max(seconds, part) if ranks > 1 else seconds + part
-    if not paces:
-        seconds += more * work.flops[-1] / (CORE_FLOPS * ASSUMED_CORES)
     return seconds
+
+
+def _more_on_host(work: Work, shape: Shape, rig: Rig, users: int) -> float:
+    """The same for what the CPU computes: whole layers, or routed experts alone.
+
+    It reads the weights of a step once, and is hidden behind that until its cores have more to compute.
+    """
+    whole = work.n_units if not shape.n_devices else shape.host_layers
+    routed = max(host_experts(work, shape), whole) if shape.n_devices else whole
+    if users < 2 or not (routed or work.cache_on_host):
+        return 0.0
+    bandwidth = (rig.ram_bandwidth_bytes_per_s or ASSUMED_RAM_BANDWIDTH) * RAM_SHARE
+    experts = work.experts[routed] * touched(work, users)
+    looks = work.cache[-1 if work.cache_on_host else whole] * users
+    reading = (work.weights[whole] + experts + looks) / bandwidth
+    computing = users * _host_flops(work, whole, routed) / (CORE_FLOPS * (rig.cpu_cores or ASSUMED_CORES))
+    alone = host_seconds(work, shape, rig.ram_bandwidth_bytes_per_s)
+    return max(min(max(reading, computing), users * alone) - alone, 0.0)  # no worse than one after the other
+
+
+def _host_flops(work: Work, whole: int, routed: int) -> float:
+    """Operations on the CPU for one token: whole layers, and the routed experts of some more."""
+    flops = work.flops[whole]
+    if routed > whole:
+        experts = work.experts[routed] - work.experts[whole]
+        flops += (work.flops[routed] - flops) * experts / (experts + work.weights[routed] - work.weights[whole])
+    return flops
