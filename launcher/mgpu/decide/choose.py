@@ -140,8 +140,8 @@ def _check_split(case: Case) -> None:
 def _at_largest_ctx(case: Case) -> Job:
     """`--ctx max`: the largest context for the cards that the model needs anyway; more cards are no reason to split.
 
-    Replicas stay replicas. Where the cards do not hold the usual context, the largest that they hold; where they hold none, the usual one is
-    left to the CPU's help. Without cards, RAM is the bound.
+    Replicas stay replicas. Where the cards do not hold the usual context, the largest that they hold; where they hold
+    none, the usual one is left to the CPU's help. Without cards, RAM is the bound.
     """
     usual = case.job.at_ctx(min(case.job.ctx_train, case.job.ctx))
     with_usual = case.with_job(usual)
