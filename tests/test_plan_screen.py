@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from decision_cases import rig
-from mgpu.plan import Plan, Wait
+from mgpu.plan import Plan, Speed, Wait
 from mgpu.report.screen import console, plan_screen
 from mgpu.rig import Rig
 from planning import card, decide, read, rig_of
@@ -111,3 +111,11 @@ def test_no_speed_is_shown_where_none_is_known(show: Show) -> None:
     verdict = next(line for line in lines if line.startswith("runs on"))
     assert verdict == "runs on GPU 0 (one card)"
     assert not any("tok/s" in line for line in lines[:6])
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [(109.3, "98-120 tok/s predicted"), (3.52, "3.2-3.9 tok/s predicted"), (0.043, "0.04-0.05 tok/s predicted")],
+)
+def test_decimals_where_they_matter(expected: float, words: str) -> None:
+    assert Speed(expected=expected, low=0.9 * expected, high=1.1 * expected).words == words

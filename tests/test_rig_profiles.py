@@ -619,3 +619,13 @@ class TestBundled:
     @pytest.mark.parametrize("path", sorted(BUNDLED.iterdir()), ids=lambda path: path.stem)
     def test_says_what_it_stands_for(self, path: Path) -> None:
         assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_slice_has_its_share_of_the_cards_bandwidth() -> None:
+    name = "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
+    text = f'schema = 1\nname = "a"\n[host]\nram_gib = 64\n[[gpu]]\nname = "{name}"\nvram_mib = 10240\n'
+    whole = text.replace(" MIG 1g.10gb", "").replace("10240", "81920")
+    slice_of, card = (parse_rig(one, "test").gpus[0].bandwidth_bytes_per_s for one in (text, whole))
+    assert slice_of is not None
+    assert card is not None
+    assert slice_of == card // 8

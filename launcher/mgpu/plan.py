@@ -111,11 +111,15 @@ class Speed(Struct, frozen=True, kw_only=True):
     measured: bool = False
 
     @property
+    def digits(self) -> int:
+        """Decimals that matter."""
+        return 0 if self.expected >= 10 else 1 if self.expected >= 0.5 else 2
+
+    @property
     def words(self) -> str:
         """`"95-128 tok/s predicted"`; with a decimal where it matters. Never one bare number."""
-        digits = 0 if self.expected >= 10 else 1
         how = "measured" if self.measured else "predicted"
-        return f"{self.low:.{digits}f}-{self.high:.{digits}f} tok/s {how}"
+        return f"{self.low:.{self.digits}f}-{self.high:.{self.digits}f} tok/s {how}"
 
 
 class Wait(Struct, frozen=True, kw_only=True):

@@ -48,6 +48,9 @@ _VENDOR_WORDS: Final[tuple[tuple[Vendor, str], ...]] = (
     ("apple", r"apple"),
 )
 
+#: A slice of a card: `"NVIDIA A100-SXM4-80GB MIG 1g.10gb"`.
+_MIG: Final = re.compile(r"\bMIG\b")
+
 T = TypeVar("T")
 
 
@@ -143,9 +146,12 @@ def _known(name: str, total_bytes: int) -> _Known:
     if spec is None:
         vendors = (vendor for vendor, words in _VENDOR_WORDS if re.search(words, name, re.IGNORECASE))
         return _Known(vendor=next(vendors, "unknown"))
+    bandwidth = spec.bandwidth_bytes_per_s
+    if bandwidth and spec.vram_bytes and _MIG.search(name):  # a slice has its share of the memory's controllers
+        bandwidth = bandwidth * total_bytes // spec.vram_bytes
     return _Known(
         vendor=spec.vendor,
-        bandwidth_bytes_per_s=spec.bandwidth_bytes_per_s,
+        bandwidth_bytes_per_s=bandwidth,
         pcie=Pcie(gen=spec.pcie_gen, width=spec.pcie_lanes) if spec.pcie_gen and spec.pcie_lanes else None,
         compute_capability=spec.compute_capability,
         power_watts=spec.tdp_watts,

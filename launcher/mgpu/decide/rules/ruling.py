@@ -53,7 +53,7 @@ def about(speed: Speed | None) -> str:
     """`"~108"`, with a decimal where it matters."""
     if speed is None:
         return "unknown"
-    return f"~{speed.expected:.{0 if speed.expected >= 10 else 1}f}"
+    return f"~{speed.expected:.{speed.digits}f}"
 
 
 def compared(chosen: Weighed | Sketch, other: Weighed | Sketch) -> str:
