@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from conftest import Mgpu, write_program
+from fake_build import SERVER, build_program
 from fakenvml.machine import Machine, rtx_3090
 from mgpu.inspect.source import read_model
 from mgpu_profiles.store import Store
@@ -35,38 +36,16 @@ RTX_3060: dict[str, Any] = {
     "power_limit_mw": 170_000,
 }
 
-_HELP = """\
--m,    --model FNAME
--dev,  --device <dev1,dev2,..>
--ngl,  --gpu-layers, --n-gpu-layers N
--sm,   --split-mode {none,layer,row}
--ts,   --tensor-split N0,N1,N2,...
--fit,  --fit [on|off]
--fa,   --flash-attn [on|off|auto]
--c,    --ctx-size N
--lv,   --verbosity, --log-verbosity N
-"""
-
-#: Answers the probes; started with a model, it writes down its arguments and becomes the fake server, whose speed and
-#: ways to fail are those of a placement on so many cards.
-_SERVER = """\
-import json, os, sys
-words = sys.argv[1:]
-if words == ["--version"]:
-    print("version: 0.6.0-dev (build 11434, commit 0123abc)")
-elif words == ["--help"]:
-    print({help!r})
-elif words == ["--list-devices"]:
-    print("Available devices:")
-    print({devices!r})
-else:
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    with open({record!r}, "a") as out:
-        print(json.dumps({{"argv": words, "cards": seen, "pid": os.getpid()}}), file=out)
-    behaviour = {behaviour!r}.get(str(len(seen)), {{}})
-    more = [word for name, value in behaviour.items() for word in ("--" + name, value)]
-    port = words[words.index("--port") + 1]
-    os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, *more])
+#: Started with a model, it writes down its arguments and becomes the fake server, with the speed and the ways to fail
+#: of a placement on so many cards.
+_STARTED = """\
+seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+with open({record!r}, "a") as out:
+    print(json.dumps({{"argv": words, "cards": seen, "pid": os.getpid()}}), file=out)
+behaviour = {behaviour!r}.get(str(len(seen)), {{}})
+more = [word for name, value in behaviour.items() for word in ("--" + name, value)]
+port = words[words.index("--port") + 1]
+os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, *more])
 """
 
 
@@ -84,16 +63,9 @@ class Bench:
         config = self._folder / "machine.toml"
         config.write_text(Machine(*cards).toml(), encoding="utf-8")
         names = [f"  CUDA{i}: {card['name']} (24124 MiB, 23800 MiB free)" for i, card in enumerate(cards)]
-        server = write_program(
-            self._folder / "llama-server",
-            _SERVER.format(
-                help=_HELP,
-                devices="\n".join(names),
-                record=str(self.record),
-                behaviour=behaviour,
-                fake=str(Path(__file__).parent / "fake_llama_server.py"),
-            ),
-        )
+        started = _STARTED.format(record=str(self.record), behaviour=behaviour, fake=SERVER)
+        code = build_program(started, devices="\n".join(names), split_modes="none,layer,row")
+        server = write_program(self._folder / "llama-server", code)
         return {"LD_LIBRARY_PATH": str(self._nvml), "FAKE_NVML_CONFIG": str(config), "MGPU_LLAMA_SERVER": str(server)}
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import Mgpu, write_program
+from fake_build import CUDA, SERVER, build_program
 from fakenvml.machine import Machine, rtx_3090
 
 Header = Callable[[str], Path]
@@ -18,58 +19,25 @@ Rig = dict[str, str]
 SMALL = "Llama-3.1-8B-Instruct-Q4_K_M"
 LARGE = "Llama-3.3-70B-Instruct-Q4_K_M"
 
-_HELP = """\
--m,    --model FNAME                    model path to load
--dev,  --device <dev1,dev2,..>          devices to use for offloading
--ngl,  --gpu-layers, --n-gpu-layers N   layers to store in VRAM
--sm,   --split-mode {none,layer,row,tensor}
--ts,   --tensor-split N0,N1,N2,...
--fit,  --fit [on|off]
--fa,   --flash-attn [on|off|auto]
--c,    --ctx-size N
--lv,   --verbosity, --log-verbosity N
+#: Started with a model, it writes down its arguments and environment and becomes the fake server.
+_STARTED = """\
+kept = {{name: os.environ[name] for name in os.environ if name.startswith(("CUDA", "LLAMA"))}}
+with open({record!r}, "w") as out:
+    json.dump({{"argv": words, "env": kept}}, out)
+port = words[words.index("--port") + 1]
+os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, "--fault", {fault!r}])
 """
-
-#: Answers the probes; started with a model, it writes down its arguments and environment and becomes the fake server.
-_SERVER = """\
-import json, os, sys
-words = sys.argv[1:]
-if words == ["--version"]:
-    print("version: 0.6.0-dev (build 11434, commit 0123abc)")
-elif words == ["--help"]:
-    print({help!r})
-elif words == ["--list-devices"]:
-    print("Available devices:")
-    print({devices!r})
-else:
-    kept = {{name: os.environ[name] for name in os.environ if name.startswith(("CUDA", "LLAMA"))}}
-    with open({record!r}, "w") as out:
-        json.dump({{"argv": words, "env": kept}}, out)
-    port = words[words.index("--port") + 1]
-    fault = {fault!r}
-    os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, "--fault", fault])
-"""
-
-_CUDA = "\n".join(f"  CUDA{i}: NVIDIA GeForce RTX 3090 (24124 MiB, 23800 MiB free)" for i in range(2))
 
 
 @pytest.fixture
 def machine(fake_nvml: Path, tmp_path: Path) -> Callable[..., Rig]:
     """`machine(devices=…, fault=…)`: the environment of a machine with two 3090 and a llama-server."""
 
-    def make(devices: str = _CUDA, fault: str = "none") -> Rig:
+    def make(devices: str = CUDA, fault: str = "none") -> Rig:
         config = tmp_path / "machine.toml"
         config.write_text(Machine(rtx_3090(0), rtx_3090(1)).toml(), encoding="utf-8")
-        server = write_program(
-            tmp_path / "llama-server",
-            _SERVER.format(
-                help=_HELP,
-                devices=devices,
-                record=str(tmp_path / "record.json"),
-                fault=fault,
-                fake=str(Path(__file__).parent / "fake_llama_server.py"),
-            ),
-        )
+        started = _STARTED.format(record=str(tmp_path / "record.json"), fault=fault, fake=SERVER)
+        server = write_program(tmp_path / "llama-server", build_program(started, devices=devices))
         return {
             "LD_LIBRARY_PATH": str(fake_nvml),
             "FAKE_NVML_CONFIG": str(config),
@@ -121,7 +89,7 @@ def test_an_outer_restriction_is_respected(
 def test_a_vulkan_build_is_given_its_own_names(
     mgpu: Mgpu, header: Header, machine: Callable[..., Rig], tmp_path: Path
 ) -> None:
-    env = machine(devices=_CUDA.replace("CUDA", "Vulkan"))
+    env = machine(devices=CUDA.replace("CUDA", "Vulkan"))
     assert mgpu("run", str(header(SMALL)), "--prompt", "Hello?", env=env).returncode == 0
     assert _after(_recorded(tmp_path)["argv"], "--device") == "Vulkan0"
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from conftest import Mgpu, write_program
+from fake_build import SERVER, build_program
 from fakenvml.machine import Machine, rtx_3090
 
 Header = Callable[[str], Path]
@@ -33,37 +34,14 @@ INTERRUPTIBLE = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
 )
 
-_HELP = """\
--m,    --model FNAME                    model path to load
--dev,  --device <dev1,dev2,..>          devices to use for offloading
--ngl,  --gpu-layers, --n-gpu-layers N   layers to store in VRAM
--sm,   --split-mode {none,layer,row,tensor}
--ts,   --tensor-split N0,N1,N2,...
--fit,  --fit [on|off]
--fa,   --flash-attn [on|off|auto]
--c,    --ctx-size N
--lv,   --verbosity, --log-verbosity N
-"""
-
-#: Answers the probes; started with a model, it writes down how, in a file for its port, and becomes the fake server.
-_SERVER = """\
-import json, os, sys
-words = sys.argv[1:]
-if words == ["--version"]:
-    print("version: 0.6.0-dev (build 11434, commit 0123abc)")
-elif words == ["--help"]:
-    print({help!r})
-elif words == ["--list-devices"]:
-    print("Available devices:")
-    for i in range(2):
-        print(f"  CUDA{{i}}: NVIDIA GeForce RTX 3090 (24124 MiB, 23800 MiB free)")
-else:
-    port = words[words.index("--port") + 1]
-    kept = {{name: os.environ[name] for name in os.environ if name.startswith(("CUDA", "LLAMA"))}}
-    with open(os.path.join({record!r}, port + ".json"), "w") as out:
-        json.dump({{"argv": words, "env": kept}}, out)
-    key = ["--api-key", kept["LLAMA_API_KEY"]] if "LLAMA_API_KEY" in kept else []
-    os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, "--fault", {fault!r}, *key])
+#: Started with a model, it writes down how, in a file for its port, and becomes the fake server.
+_STARTED = """\
+port = words[words.index("--port") + 1]
+kept = {{name: os.environ[name] for name in os.environ if name.startswith(("CUDA", "LLAMA"))}}
+with open(os.path.join({record!r}, port + ".json"), "w") as out:
+    json.dump({{"argv": words, "env": kept}}, out)
+key = ["--api-key", kept["LLAMA_API_KEY"]] if "LLAMA_API_KEY" in kept else []
+os.execv(sys.executable, [sys.executable, {fake!r}, "--port", port, "--fault", {fault!r}, *key])
 """
 
 
@@ -75,9 +53,8 @@ def machine(fake_nvml: Path, tmp_path: Path) -> Callable[..., Env]:
         config = tmp_path / "machine.toml"
         config.write_text(Machine(rtx_3090(0), rtx_3090(1)).toml(), encoding="utf-8")
         (tmp_path / "started").mkdir()
-        fake = str(Path(__file__).parent / "fake_llama_server.py")
-        code = _SERVER.format(help=_HELP, record=str(tmp_path / "started"), fault=fault, fake=fake)
-        server = write_program(tmp_path / "llama-server", code)
+        started = _STARTED.format(record=str(tmp_path / "started"), fault=fault, fake=SERVER)
+        server = write_program(tmp_path / "llama-server", build_program(started))
         return {
             "LD_LIBRARY_PATH": str(fake_nvml),
             "FAKE_NVML_CONFIG": str(config),
