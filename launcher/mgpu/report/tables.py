@@ -57,14 +57,6 @@ def rig_screen(rig: Rig, width: int = 80) -> Group:
     return Group(*parts)
 
 
-def rows_screen(rows: Sequence[Sequence[str]]) -> Table:
-    """Plain rows in columns."""
-    table = _grid(max((len(row) for row in rows), default=1))
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _grid(columns: int) -> Table:
     table = Table.grid(padding=(0, 2))
     for _ in range(columns):
