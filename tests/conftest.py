@@ -7,12 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from headers import write_model
+from launching import House
 
 _ROOT = Path(__file__).parents[1]
 
@@ -97,6 +98,14 @@ def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
     subprocess.run([compiler, *flags, f"-Wl,-soname,{built.name}", "-o", built, source], check=True)
     return built.parent
+
+
+@pytest.fixture
+def house(tmp_path: Path, python_path: str, fake_nvml: Path, header: Callable[[str], Path]) -> Iterator[House]:
+    """Launches from outside, and nothing of them afterwards."""
+    house = House(tmp_path, python_path, fake_nvml, header("Qwen2.5-0.5B-Instruct-Q4_K_M"))
+    yield house
+    house.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
@@ -53,8 +54,9 @@ ANSWER = ("The answer", " is ", "fünf.")
 
 
 def log(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk: the real one goes on, too
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -66,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
     reading: ClassVar[threading.Lock] = threading.Lock()
 
     def do_GET(self) -> None:
+        if not self._is_well():
+            return
         if self.options.fault == "hang-in-health":
             log("health: hanging")
             time.sleep(3600)
@@ -76,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._is_well():
+            return
         if not self.loaded.is_set():
             self._error(503, "Loading model")
         elif self.options.api_key and self.headers["Authorization"] != f"Bearer {self.options.api_key}":
@@ -94,6 +100,22 @@ class Handler(BaseHTTPRequestHandler):
             self._chat()
         else:
             self._error(404, "File Not Found")
+
+    def _is_well(self) -> bool:
+        """Answers for `--mood`: the file says "hang", "slow" or "sick" for as long as it does; no file, no fault."""
+        while (mood := self._mood()) == "hang":
+            time.sleep(0.02)
+        if mood == "slow":
+            time.sleep(0.25)
+        if mood == "sick":
+            self._error(500, "Compute error.")
+        return mood != "sick"
+
+    def _mood(self) -> str:
+        try:
+            return self.options.mood.read_text().strip() if self.options.mood is not None else ""
+        except FileNotFoundError:
+            return ""
 
     def _first_token(self) -> None:
         fault = self.options.fault
@@ -279,13 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--api-key")
+    parser.add_argument("--api-key", default=os.environ.get("LLAMA_API_KEY"))
     parser.add_argument("--marker", default="")
     parser.add_argument("--load-s", type=float, default=0.05)
     parser.add_argument("--piece-s", type=float, default=0.0, help="before each piece of an answer")
     parser.add_argument("--open-completions", action="store_true", help="OpenAI's completions alone, as vLLM")
     parser.add_argument("--fault", choices=FAULTS, default="none")
     parser.add_argument("--tok-s", type=lambda text: [float(word) for word in text.split(",")], default=[100.0])
+    parser.add_argument("--mood", type=Path, help="a file that says how it is")
     parser.add_argument("--steal", type=Path, help="before binding, touch this file and wait for its removal")
     options = parser.parse_args()
     Handler.options, Handler.loaded = options, threading.Event()

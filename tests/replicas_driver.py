@@ -11,11 +11,14 @@ from msgspec.structs import replace
 
 from mgpu import commands
 from mgpu.adapter import Job
+from mgpu.commands import Decided
+from mgpu.decide.claims import Claim
 from mgpu.decide.replicas import replicas_of
 from mgpu.errors import MgpuError
 from mgpu.plan import DevicePlan, Layout, Plan, Shape
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig
+from mgpu.running import Wish, run
 
 
 def replicated(plan: Plan, job: Job, rig: Rig) -> Plan:
@@ -42,11 +45,14 @@ def _device(gpu: Gpu, job: Job) -> DevicePlan:
 def main() -> int:
     model, prompt = sys.argv[1:]
     request = Request(ctx=512, runtime_args=("--temp", "0"))
-    try:
-        one = commands.decide(model, request, rig_name=None, launching=True, explicit=None)
+
+    def decide(_wish: Wish, claims: tuple[Claim, ...]) -> Decided:
+        one = commands.decide(model, request, rig_name=None, launching=True, explicit=None, claims=claims)
         plan = replicated(one.plan, one.job, one.facts.rig)
-        decided = replace(one, plan=plan, replicas=replicas_of(plan, one.job, one.facts.rig))
-        commands.launch(decided, prompt)
+        return replace(one, plan=plan, replicas=replicas_of(plan, one.job, one.facts.rig))
+
+    try:
+        run(Wish(argument=model, request=request, prompt=prompt), decide=decide)
     except MgpuError as error:
         sys.stderr.write(f"mgpu: {error.message}\n")
         return error.exit_code

@@ -292,7 +292,7 @@ class TestWords:
     def test_behind_a_proxy(self, header: Header) -> None:
         copies = self.copies(header)
         proxy = Proxy(name="nginx", executable="/usr/sbin/nginx")
-        assert ready_lines(copies, self.ready(copies, proxy), stays=True) == (
+        assert ready_lines(copies, self.ready(copies, proxy), stays="Ctrl-C stops it") == (
             "  ready after 2.0 s: http://127.0.0.1:8080/v1, nginx before 2 replicas",
             "    GPU 0: http://127.0.0.1:8081/v1   log: /logs/0",
             "    GPU 1: http://127.0.0.1:8082/v1   log: /logs/1",
@@ -303,14 +303,14 @@ class TestWords:
     def test_without_one(self, header: Header, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
         monkeypatch.setenv("MGPU_PROXY", wanted)
         copies = self.copies(header)
-        lines = ready_lines(copies, self.ready(copies, None), stays=False)
+        lines = ready_lines(copies, self.ready(copies, None), stays="")
         assert lines[0] == "  ready after 2.0 s: 2 replicas, each at an address of its own"
         assert any("apt-get install nginx-light" in line for line in lines) == (wanted == "")
 
     def test_each_is_compared_with_its_own_plan(self, header: Header) -> None:
         copies = self.copies(header)
         buffers = (Buffer(device="CUDA0", kind="weights", n_bytes=GIB),)
-        lines = ready_lines(copies, self.ready(copies, None, buffers), stays=False)
+        lines = ready_lines(copies, self.ready(copies, None, buffers), stays="")
         for gpu in (0, 1):
             assert sum(line.startswith(f"  warning: GPU {gpu} holds 1.0 GiB, ") for line in lines) == 1
         assert sum("plan and report are in" in line for line in lines) == 1

@@ -24,12 +24,13 @@ from mgpu.rig import Gpu
 from mgpu.units import MIB
 from mgpu_adapters.llamacpp.adapter import LlamaCpp
 from mgpu_adapters.llamacpp.job import LlamaJob
-from mgpu_adapters.llamacpp.log import RANKS, read_line
+from mgpu_adapters.llamacpp.log import read_line
 from mgpu_adapters.llamacpp.memory import footprint
 from mgpu_adapters.llamacpp.overhead import exchange
 from mgpu_adapters.llamacpp.projection import FitParams
 from mgpu_adapters.llamacpp.refusals import TENSOR
 from mgpu_adapters.llamacpp.settings import Settings
+from mgpu_adapters.llamacpp.shortage import RANKS
 from mgpu_adapters.llamacpp.traits import traits_of
 from mgpu_adapters.llamacpp.weights import HOST_RULES, Rules
 from oracle import gpu_of, model_names, model_of, small_model

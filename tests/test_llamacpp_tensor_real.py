@@ -22,7 +22,8 @@ from mgpu.request import Request
 from mgpu.units import MIB
 from mgpu_adapters.llamacpp.adapter import LlamaCpp
 from mgpu_adapters.llamacpp.job import LlamaJob
-from mgpu_adapters.llamacpp.log import RANKS, read_line
+from mgpu_adapters.llamacpp.log import read_line
+from mgpu_adapters.llamacpp.shortage import RANKS
 from tensor_models import write_model
 
 pytestmark = pytest.mark.vulkan

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from mgpu.model import Format, Model
 from mgpu.plan import DeviceBytes, HostBytes, Layout, Mode, Shape
@@ -143,6 +144,7 @@ class Command(Struct, frozen=True, kw_only=True):
     `fingerprint`: a regular expression for the `system_fingerprint` of its answers, where they have one: it tells how
     the model is split. `leaves`: file names (patterns) of its shared memory, which a killed runtime leaves behind.
     `after`: run when the process was ended or killed. `elsewhere`: what listens is no child of it, but in a container.
+    `metrics_url`: where it tells what `Adapter.read_metrics` reads; empty: nowhere.
     """
 
     argv: tuple[str, ...]
@@ -161,6 +163,7 @@ class Command(Struct, frozen=True, kw_only=True):
     leaves: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     elsewhere: bool = False
+    metrics_url: str = ""
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -181,11 +184,24 @@ class Cause(Struct, frozen=True, kw_only=True):
     """The runtime said why it fails, in words we know; `hint` is what to do.
 
     `port_taken`: another program has its port. Where it goes on without, nobody would find it: it is to be stopped.
+    `out_of_memory`: a device (or the host) was too small for the plan; `devices`: which, by the names it may have in
+    `Command.devices` ("CPU" is the host), and `wanted_bytes`: how much it asked for in vain, where it says so.
     """
 
     text: str
     hint: str
     port_taken: bool = False
+    out_of_memory: bool = False
+    devices: tuple[str, ...] = ()
+    wanted_bytes: int = 0
+
+    def with_more(self, later: Cause) -> Cause:
+        """What is known after a `later` line of the same failure: one may have the size, the next the device."""
+        if not (self.out_of_memory and later.out_of_memory and later.devices):
+            return self
+        if self.devices and not set(later.devices) < set(self.devices):
+            return self
+        return replace(later, wanted_bytes=later.wanted_bytes or self.wanted_bytes)
 
 
 class Left(Struct, frozen=True, kw_only=True):
@@ -194,7 +210,27 @@ class Left(Struct, frozen=True, kw_only=True):
     paths: tuple[str, ...]
 
 
-LogFact = Stage | Buffer | Cause | Left
+class Served(Struct, frozen=True, kw_only=True):
+    """The runtime said that it has answered a request: tokens generated, in so many seconds."""
+
+    n_tokens: int
+    seconds: float
+
+
+LogFact = Stage | Buffer | Cause | Left | Served
+
+
+class Stats(Struct, frozen=True, kw_only=True):
+    """What a runtime's metrics say, since its start. None: it does not say.
+
+    `running`: requests being answered now; `waiting`: those in its queue. `generated`: tokens, all requests together;
+    `generating_s`: the seconds that took, where they are counted as if requests came one after the other.
+    """
+
+    running: int | None = None
+    waiting: int | None = None
+    generated: int | None = None
+    generating_s: float | None = None
 
 
 class Pinned(Struct, frozen=True, kw_only=True):
@@ -459,4 +495,9 @@ class Adapter(Protocol):
     def read_log(self, line: str) -> LogFact | None:
         """What one line of the runtime's log says, or None."""
         del line
+        return None
+
+    def read_metrics(self, text: str) -> Stats | None:
+        """What `Command.metrics_url` answered; None where that is nothing this runtime would say."""
+        del text
         return None

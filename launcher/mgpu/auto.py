@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Adapter
 from mgpu.decide.abilities import only_usable
+from mgpu.decide.claims import Claim
 from mgpu.decide.runtime import Candidate, advice, best, told
 from mgpu.errors import MgpuError, RuntimeMissingError, UsageError
 from mgpu.gather import Facts, find_installed, gather
@@ -29,6 +30,7 @@ class Asking(Struct, frozen=True, kw_only=True):
     launching: bool
     explicit: str | None
     environ: Mapping[str, str]
+    claims: tuple[Claim, ...] = ()
 
     @property
     def hypothetical(self) -> bool:
@@ -42,6 +44,7 @@ class Asking(Struct, frozen=True, kw_only=True):
             launching=self.launching,
             explicit=self.explicit,
             environ=self.environ,
+            claims=self.claims,
         )
 
 

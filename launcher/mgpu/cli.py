@@ -18,7 +18,18 @@ import click
 
 from mgpu import __version__
 from mgpu.errors import InterruptedLaunchError, MgpuError, RuntimeFailedError, UsageError
-from mgpu.options import ModelArgument, RigName, bench_options, planning_options, to_bench_request, to_request
+from mgpu.options import (
+    LaunchName,
+    ModelArgument,
+    RigName,
+    bench_options,
+    check_run,
+    planning_options,
+    run_options,
+    to_bench_request,
+    to_request,
+)
+from mgpu.request import Request
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -75,10 +86,9 @@ def cli() -> None:
 @cli.command(cls=_Planning)
 @click.argument("model", type=ModelArgument())
 @planning_options
-@click.option("--dry-run", is_flag=True, help="Print the command that would be run, and stop.")
-@click.option("--prompt", metavar="TEXT", help="Answer this one question on stdout, then stop.")
+@run_options
 @click.pass_context
-def run(context: click.Context, /, model: str, *, dry_run: bool, prompt: str | None, **options: Any) -> None:
+def run(context: click.Context, /, model: str, **options: Any) -> None:
     """Inspect MODEL, plan, explain, launch, and stay until Ctrl-C.
 
     \b
@@ -86,22 +96,53 @@ def run(context: click.Context, /, model: str, *, dry_run: bool, prompt: str | N
     mgpu run model.gguf --ctx 32k --users 4
     mgpu run model.gguf --rig 2x3090 --dry-run
     mgpu run model.gguf --prompt "Why is the sky blue?"
+    mgpu run model.gguf --detach --restart on-failure
 
     Everything after -- goes to the runtime unchanged.
     """
+    request = to_request(options, context.meta[_RUNTIME_ARGS])
+    check_run(options)
+    if options["as_json"] or options["dry_run"] or options["unit"]:
+        _print_run(model, request, options)
+    else:
+        _launch(model, request, options)
+
+
+def _print_run(model: str, request: Request, options: dict[str, Any]) -> None:
     from mgpu import commands
 
-    request = to_request(options, context.meta[_RUNTIME_ARGS])
-    launching = not (dry_run or options["as_json"])
+    launching = options["unit"]
     decided = commands.decide(
         model, request, rig_name=options["rig"], launching=launching, explicit=options["llama_server"]
     )
     if options["as_json"]:
         commands.print_json(decided)
-    elif dry_run:
-        commands.print_dry_run(decided)
+    elif options["unit"]:
+        commands.print_unit(decided, sys.argv[1:], model, options["name"])
     else:
-        commands.launch(decided, prompt)
+        commands.print_dry_run(decided)
+
+
+def _launch(model: str, request: Request, options: dict[str, Any]) -> None:
+    from mgpu.launch.detached import Tether, detach
+
+    tether = Tether.find(os.environ)
+    if options["detach"] and tether is None:
+        sys.exit(detach(sys.argv[1:], os.environ))
+    from mgpu.running import Wish, run
+
+    run(
+        Wish(
+            argument=model,
+            request=request,
+            rig_name=options["rig"],
+            explicit=options["llama_server"],
+            prompt=options["prompt"],
+            name=options["name"],
+            restarts=options["restart"] == "on-failure",
+            tether=tether,
+        )
+    )
 
 
 @cli.command(cls=_Planning)
@@ -234,6 +275,38 @@ def rig_remove(name: str) -> None:
     rigs.remove(name)
 
 
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def ps(*, as_json: bool) -> None:
+    """Show what runs: where, with how much memory, how fast, for how many."""
+    from mgpu import launches
+
+    launches.show(as_json=as_json)
+
+
+@cli.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=LaunchName())
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def stop(names: tuple[str, ...], *, everything: bool) -> None:
+    """Stop launches, and wait until they have given their memory back; clear failed ones away."""
+    from mgpu import launches
+
+    if everything and names:
+        raise UsageError("--all and a name contradict each other", hint="leave one of the two out")
+    launches.stop(names, everything=everything)
+
+
+@cli.command()
+@click.argument("name", required=False, type=LaunchName())
+@click.option("-f", "--follow", is_flag=True, help="Go on as it says more, until it ends or Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(1, 10_000), metavar="N", help="How many of the last [default: 40].")
+def logs(name: str | None, *, follow: bool, lines: int | None) -> None:
+    """Show the last lines of a launch's log."""
+    from mgpu import launches
+
+    launches.logs(name, follow=follow, lines=lines)
+
+
 @cli.command("runtimes")
 @click.option("--rig", "rig_name", type=RigName(), metavar="NAME|FILE", help="What they could do on this rig instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
@@ -242,6 +315,15 @@ def show_runtimes(rig_name: str | None, *, as_json: bool) -> None:
     from mgpu import runtimes
 
     runtimes.show(rig_name, as_json=as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def doctor(*, as_json: bool) -> None:
+    """Look for what is wrong with this machine, and say how to put it right."""
+    from mgpu.doctor.command import show
+
+    sys.exit(show(as_json=as_json))
 
 
 @cli.command()
@@ -306,8 +388,10 @@ def _end(error: MgpuError) -> NoReturn:
 
             commands.print_failure(error)
         if isinstance(error, RuntimeFailedError):
+            from mgpu.launch.redact import redact, secrets_of
+
             for line in error.log_tail:
-                click.echo(f"  | {line}", err=True)
+                click.echo(f"  | {redact(line, secrets_of(os.environ), home='')}", err=True)
         click.echo(f"mgpu: {error.message}", err=True)
         if error.hint:
             click.echo(f"      {error.hint}", err=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from mgpu.adapter import Command, Endpoint, Job, Projection
 from mgpu.auto import Asking, pick
 from mgpu.decide.choose import choose, room_for_ctx, speed_by_room
+from mgpu.decide.claims import Claim
 from mgpu.decide.consider import with_reserves
 from mgpu.decide.replicas import Replica, commands_at, replicas_of
 from mgpu.errors import DoesNotFitError, MgpuError, ProfileError, RefusedError, UsageError
@@ -60,7 +61,7 @@ class Decided(Struct, frozen=True, kw_only=True):
         return self.job.command(self.plan.layout, self.facts.rig, endpoint)
 
 
-def decide(
+def decide(  # noqa: PLR0913 - all but the first two by keyword, from few places
     argument: str,
     request: Request,
     *,
@@ -68,17 +69,27 @@ def decide(
     launching: bool,
     explicit: str | None,
     explore: bool = False,
+    claims: tuple[Claim, ...] = (),
 ) -> Decided:
-    """Everything up to the decision. `explore`: for reading rather than running; how much more would fit, what else."""
+    """Everything up to the decision. `explore`: for reading rather than running; how much more would fit, what else.
+
+    `claims`: on this machine's memory, beside those of other launches.
+    """
     if _is_url(argument) and not explore:
         raise UsageError(
             f"cannot run {argument}: it is not on this machine", hint="download it first; `mgpu plan` takes URLs"
         )
+    request, notes = _guarded(request, here=rig_name is None or launching)
     model = _read(argument, request)
-    asking = Asking(rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ)
+    asking = Asking(rig_name=rig_name, launching=launching, explicit=explicit, environ=os.environ, claims=claims)
     picked = pick(model, request, asking)
-    decided = _decide(model, request, picked.facts, rig_name=rig_name, explore=explore)
+    decided = _decide(model, request, _noted(picked.facts, notes), rig_name=rig_name, explore=explore)
     return replace(decided, plan=picked.tell(decided.plan))
+
+
+def redecide(decided: Decided, request: Request) -> Decided:
+    """The decision for another request by the same facts."""
+    return _decide(decided.model, request, decided.facts, rig_name=None, explore=False)
 
 
 def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, explicit: str | None) -> Decided:
@@ -91,6 +102,7 @@ def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, e
     hint = "leave --verify out"
     if _is_url(argument):
         raise UsageError(f"--verify needs the file here, and {argument} is elsewhere", hint=f"download it, or {hint}")
+    request, notes = _guarded(request, here=True)
     model = _read(argument, request)
     adapter = pick_adapter(request, model)
     if adapter.projector is None:
@@ -105,7 +117,30 @@ def decide_to_verify(argument: str, request: Request, *, rig_name: str | None, e
         raise UsageError(
             f"--verify asks this machine's llama.cpp: {error.message}", hint="leave --rig out, or --verify"
         ) from error
-    return _decide(model, request, facts, rig_name=rig_name, explore=True)
+    return _decide(model, request, _noted(facts, notes), rig_name=rig_name, explore=True)
+
+
+def _guarded(request: Request, *, here: bool) -> tuple[Request, tuple[str, ...]]:
+    """The request with who may talk to what it starts, and what there is to say of that."""
+    if request.host == Request().host and request.api_key is None:
+        return request, ()  # as nearly always: nobody else reaches it
+    from mgpu.launch.keys import guard
+
+    guarded = guard(request, os.environ, here=here)
+    return guarded.request, guarded.notes
+
+
+def _noted(facts: Facts, notes: tuple[str, ...]) -> Facts:
+    return replace(facts, notes=(*facts.notes, *notes))
+
+
+def with_real_key(decided: Decided) -> Decided:
+    """For a launch: with the key itself, which is made if need be. Raises as `mgpu.launch.keys.with_key` does."""
+    if decided.request.api_key is None:
+        return decided
+    from mgpu.launch.keys import with_key
+
+    return replace(decided, request=with_key(decided.request, os.environ))
 
 
 def _decide(model: Model, request: Request, facts: Facts, *, rig_name: str | None, explore: bool) -> Decided:
@@ -204,8 +239,8 @@ def _one_runtime(decided: Decided) -> tuple[Job, Plan]:
 
 def print_dry_run(decided: Decided) -> None:
     """The explanation on stderr, the one pasteable line on stdout."""
-    _explain(decided)
-    _stop_if_refused(decided.plan)
+    explain(decided)
+    stop_if_refused(decided.plan)
     if _is_proxied(decided):
         from mgpu.launch.planned import proxy_name
 
@@ -214,6 +249,16 @@ def print_dry_run(decided: Decided) -> None:
             click.echo(f"  note: `mgpu run` itself puts {name} in front of these: one address for all", err=True)
     # Bytes: a path need not be valid text, and the shell wants it as it is.
     click.echo(os.fsencode(_line(decided)))
+
+
+def print_unit(decided: Decided, arguments: Sequence[str], model: str, name: str | None) -> None:
+    """The explanation on stderr, the unit on stdout."""
+    from mgpu.launch.store import name_for
+    from mgpu.unit import unit
+
+    explain(decided)
+    stop_if_refused(decided.plan)
+    click.echo(unit(arguments, model, name or name_for(decided.model.name), os.environ), nl=False)
 
 
 def print_plan(decided: Decided, svg: str | None, projection: Projection | None = None) -> None:
@@ -230,7 +275,7 @@ def print_plan(decided: Decided, svg: str | None, projection: Projection | None 
     if svg is not None:
         _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
     _note(decided)
-    _stop_if_refused(decided.plan)
+    stop_if_refused(decided.plan)
 
 
 def print_json(decided: Decided, projection: Projection | None = None) -> None:
@@ -294,41 +339,6 @@ def print_model(argument: str, *, as_json: bool) -> None:
     console().print(model_screen(model, kv_bytes))
 
 
-def launch(decided: Decided, prompt: str | None) -> None:
-    """Explain, start, wait until ready, stay or answer; ends by an `MgpuError` unless a prompt was answered."""
-    from mgpu.launch.foreground import launch_plan
-    from mgpu.launch.verify import Launched
-
-    gc.enable()  # from here on we may live for weeks
-
-    _explain(decided)
-    _stop_if_refused(decided.plan)
-    if decided.attachment is not None:
-        from mgpu.launch.attach import attach  # with hashlib: not for what is started
-
-        attach(decided.attachment, prompt=prompt)
-        return
-    facts = decided.facts
-    launched = Launched(
-        adapter=facts.adapter,
-        installed=facts.installed,
-        rig=facts.rig,
-        model=decided.model,
-        request=decided.request,
-        plan=decided.plan,
-    )
-    if not decided.replicas:
-        launch_plan(decided.command_at, launched, prompt=prompt)
-        return
-    from mgpu.launch.proxy import find_proxy
-    from mgpu.launch.together import Copy, launch_copies
-
-    copies = [
-        Copy(launched=replace(launched, plan=replica.plan), command_for=replica.command) for replica in decided.replicas
-    ]
-    launch_copies(copies, find_proxy(os.environ), prompt=prompt)
-
-
 def _ollama_would(model: Model, rig: Rig, plan: Plan, job: Job) -> tuple[Alternative, ...]:
     """What Ollama's own scheduler would do with the same file here, where that differs: a prediction."""
     if model.format != "gguf" or plan.refusal is not None or len(rig.gpus) < 2 or not plan.devices:
@@ -375,7 +385,8 @@ def _stated_kv_bytes_per_token(model: Model) -> int:
     return 2 * sum(n_head_kv) * (hyper.head_dim_k + hyper.head_dim_v)
 
 
-def _explain(decided: Decided) -> None:
+def explain(decided: Decided) -> None:
+    """The few lines that say what is going to happen, and why, on stderr."""
     for line in run_lines(decided.model, decided.plan):
         click.echo(line, err=True)
     _note(decided)
@@ -391,7 +402,8 @@ def _note(decided: Decided) -> None:
         click.echo(f"  note: {note}", err=True)
 
 
-def _stop_if_refused(plan: Plan) -> None:
+def stop_if_refused(plan: Plan) -> None:
+    """Raises `RefusedError` or `DoesNotFitError` for a plan that is not to be launched."""
     refusal = plan.refusal
     if refusal is None:
         return
@@ -403,7 +415,10 @@ def _line(decided: Decided) -> str:
     command = decided.command
     assert command is not None  # noqa: S101 - callers have stopped at a refusal
     scrubbed = to_scrub(command, os.environ)
-    return joint_line(decided.commands, scrubbed) if decided.replicas else shell_line(command, scrubbed)
+    key_file = decided.request.key_file
+    if decided.replicas:
+        return joint_line(decided.commands, scrubbed, key_file=key_file)
+    return shell_line(command, scrubbed, key_file=key_file)
 
 
 def _ports(request: Request, n: int, *, hypothetical: bool) -> tuple[int, ...]:

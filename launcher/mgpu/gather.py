@@ -9,6 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.adapter import Adapter, Installed, ListedDevice, Probe
+from mgpu.decide.claims import Claim, with_claims
 from mgpu.errors import ProfileError, RuntimeMissingError
 from mgpu.rig import Rig
 from mgpu.service import Service
@@ -27,9 +28,15 @@ class Facts(Struct, frozen=True, kw_only=True):
 
 
 def gather(
-    adapter: Adapter, *, rig_name: str | None, launching: bool, explicit: str | None, environ: Mapping[str, str]
+    adapter: Adapter,
+    *,
+    rig_name: str | None,
+    launching: bool,
+    explicit: str | None,
+    environ: Mapping[str, str],
+    claims: tuple[Claim, ...] = (),
 ) -> Facts:
-    """What a plan needs to know beside the model.
+    """What a plan needs to know beside the model. `claims` on this machine's memory, beside those of other launches.
 
     `rig_name`: `--rig`; None: the default profile if there is one, else this machine as it is. A rig that was named is
     planned for as it stands, without asking anything of this machine, unless it is to be `launching` here.
@@ -42,7 +49,7 @@ def gather(
     if rig_name is not None and not launching:
         installed = _installed(adapter, explicit, environ) if explicit else adapter.assumed()
         return Facts(adapter=adapter, installed=installed, rig=store.load(rig_name))
-    here = _here(adapter, explicit=explicit, launching=launching, environ=environ)
+    here = _here(adapter, explicit=explicit, launching=launching, environ=environ, claims=claims)
     if name is None:
         return here
     profile = store.load(name)
@@ -69,24 +76,29 @@ def gather_here(adapter: Adapter, *, explicit: str | None, environ: Mapping[str,
     return _here(adapter, explicit=explicit, launching=True, environ=environ)
 
 
-def find_installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed | None:
+def find_installed(
+    adapter: Adapter, explicit: str | None, environ: Mapping[str, str], *, timeout_s: float | None = None
+) -> Installed | None:
     """The runtime as found, asked for its flags; or as it runs already; None when there is neither.
 
+    `timeout_s`: for each question that a program is asked, where that is not to be the usual.
     Raises `RuntimeMissingError` for one that cannot be used, `UsageError` for an address that is none.
     """
     if adapter.service is not None:
-        return _find_service(adapter, adapter.service, environ)
-    probe = _probe(adapter, explicit, environ)
+        return _find_service(adapter, adapter.service, environ, timeout_s)
+    probe = _probe(adapter, explicit, environ, timeout_s)
     return None if probe is None else adapter.installed(probe)
 
 
-def _find_service(adapter: Adapter, service: Service, environ: Mapping[str, str]) -> Installed | None:
+def _find_service(
+    adapter: Adapter, service: Service, environ: Mapping[str, str], timeout_s: float | None
+) -> Installed | None:
     """What runs, and what could be started beside it; an executable is asked of itself, not of what runs."""
     from mgpu.launch.services import find_service
 
     running = find_service(service, environ)
     try:
-        probe = _probe(adapter, None, {**environ, service.variable: _NOWHERE}) if adapter.probes else None
+        probe = _beside(adapter, service, environ, timeout_s)
     except RuntimeMissingError:
         if running is None:
             raise
@@ -98,12 +110,20 @@ def _find_service(adapter: Adapter, service: Service, environ: Mapping[str, str]
     return adapter.installed(replace(probe, url=running.url, outputs={**probe.outputs, **running.outputs}))
 
 
-def _probe(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Probe | None:
+def _beside(adapter: Adapter, service: Service, environ: Mapping[str, str], timeout_s: float | None) -> Probe | None:
+    if not adapter.probes:
+        return None
+    return _probe(adapter, None, {**environ, service.variable: _NOWHERE}, timeout_s)
+
+
+def _probe(adapter: Adapter, explicit: str | None, environ: Mapping[str, str], timeout_s: float | None) -> Probe | None:
     from mgpu.launch.find import find_runtime
-    from mgpu.launch.probe import probe_runtime
+    from mgpu.launch.probe import PROBE_TIMEOUT_S, probe_runtime
 
     found = find_runtime(adapter.search, explicit=explicit, environ=environ)
-    return None if found is None else probe_runtime(found, adapter.probes, environ=environ)
+    if found is None:
+        return None
+    return probe_runtime(found, adapter.probes, environ=environ, timeout_s=timeout_s or PROBE_TIMEOUT_S)
 
 
 def _installed(adapter: Adapter, explicit: str | None, environ: Mapping[str, str]) -> Installed:
@@ -133,26 +153,39 @@ def _not_running(adapter: Adapter, service: Service, environ: Mapping[str, str])
     )
 
 
-def _here(adapter: Adapter, *, explicit: str | None, launching: bool, environ: Mapping[str, str]) -> Facts:
+def _here(
+    adapter: Adapter,
+    *,
+    explicit: str | None,
+    launching: bool,
+    environ: Mapping[str, str],
+    claims: tuple[Claim, ...] = (),
+) -> Facts:
     """This machine and the runtime on it; where nothing is launched, a missing or broken runtime is only a note."""
     from mgpu.detect.machine import detect_rig
+    from mgpu.launch.store import claims as promised
 
+    claims = (*promised(), *claims)
     try:
         installed = _installed(adapter, explicit, environ)
         listed = functools.cache(lambda: list_devices(adapter, installed, environ))
         rig = detect_rig(environ, listed=listed)
         if rig.gpus:
             rig = adapter.bind(rig, listed())
+        rig = with_claims(rig, claims)
     except RuntimeMissingError as error:
         if launching or explicit is not None:
             raise
         note = f"{error.message}; {error.hint}"
-        return Facts(adapter=adapter, installed=adapter.assumed(), rig=detect_rig(environ), notes=(note,))
+        rig = with_claims(detect_rig(environ), claims)
+        return Facts(adapter=adapter, installed=adapter.assumed(), rig=rig, notes=(note,))
     return Facts(adapter=adapter, installed=installed, rig=rig)
 
 
-def list_devices(adapter: Adapter, installed: Installed, environ: Mapping[str, str]) -> tuple[ListedDevice, ...]:
-    """The runtime's own list of devices. It may open each of them, so it is asked once."""
+def list_devices(
+    adapter: Adapter, installed: Installed, environ: Mapping[str, str], *, timeout_s: float | None = None
+) -> tuple[ListedDevice, ...]:
+    """The runtime's own list of devices. It may open each of them, so it is asked once. `timeout_s` as above."""
     from mgpu.launch import probe
     from mgpu.launch.find import Found
 
@@ -160,7 +193,8 @@ def list_devices(adapter: Adapter, installed: Installed, environ: Mapping[str, s
         return ()
     found = Found(executable=installed.executable, origin=installed.origin, install=adapter.search.install)
     # The rig counts cards in PCI order; CUDA's own default is by speed.
-    text = probe.list_devices(found, adapter.device_probe, {**environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    ordered = {**environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    text = probe.list_devices(found, adapter.device_probe, ordered, timeout_s=timeout_s or probe.DEVICES_TIMEOUT_S)
     return adapter.read_devices(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeVar
@@ -11,10 +12,13 @@ from click.shell_completion import CompletionItem
 
 from mgpu.errors import UsageError
 from mgpu.model import KV_TYPES
-from mgpu.request import OFFLOAD_CHOICES, RUNTIME_NAMES, SPLIT_CHOICES, Request
+from mgpu.request import KEY_VARIABLE, OFFLOAD_CHOICES, RUNTIME_NAMES, SPLIT_CHOICES, Request
 from mgpu.units import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+#: As `mgpu.launch.store` has it: a file's name.
+_LAUNCH_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _MOST_USERS: Final = 256  # LLAMA_MAX_SEQ, llama.cpp b11434
 
@@ -50,6 +54,20 @@ class RigName(click.ParamType[str]):
         from mgpu_profiles.store import user_store
 
         return [CompletionItem(rig.name) for rig in user_store().names() if rig.name.startswith(incomplete)]
+
+
+class LaunchName(click.ParamType[str]):
+    """The name of a launch, completed from those there are."""
+
+    name = "NAME"
+
+    def shell_complete(  # click's signature
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        from mgpu.launch.store import launches
+
+        return [CompletionItem(seen.name) for seen in launches() if seen.name.startswith(incomplete)]
 
 
 class Context(click.ParamType[int | Literal["max"]]):
@@ -110,10 +128,27 @@ _PLANNING: Final = (
     click.option("--rig", type=RigName(), metavar="NAME|FILE", help="Plan for a saved rig instead of this machine."),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on [default: a free one from 8080 up]."),
-    click.option("--api-key", metavar="KEY", help="Key that clients must send."),
+    click.option(
+        "--api-key", metavar="KEY", envvar=KEY_VARIABLE, show_envvar=True,
+        help="Key that clients must send [default: none on this machine alone, else one that is kept].",
+    ),
+    click.option("--no-auth", is_flag=True, help="Ask no client for a key, whoever can reach --host."),
     click.option("--llama-server", metavar="PATH", help="The llama-server to use [default: found]."),
     click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON; launch nothing."),
     click.option("--force", is_flag=True, help="Do it although a rule refuses, or the memory is short."),
+)  # fmt: skip
+
+
+_RUN: Final = (
+    click.option("--dry-run", is_flag=True, help="Print the command that would be run, and stop."),
+    click.option("--prompt", metavar="TEXT", help="Answer this one question on stdout, then stop."),
+    click.option("--detach", is_flag=True, help="Once it is ready, leave it running; see ps, logs and stop."),
+    click.option(
+        "--restart", type=click.Choice(("no", "on-failure")), default="no", show_default=True,
+        help="Start it again when it has died, after a pause, seven times in a row at most.",
+    ),
+    click.option("--name", metavar="NAME", help="What ps, logs and stop call it [default: the model's]."),
+    click.option("--unit", is_flag=True, help="Print a systemd user unit that runs this, and stop."),
 )  # fmt: skip
 
 
@@ -144,6 +179,29 @@ _BENCH: Final = (
     click.option("--llama-server", metavar="PATH", help="The llama-server to use [default: found]."),
     click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON."),
 )  # fmt: skip
+
+
+def run_options(command: Command) -> Command:
+    """How a plan is carried out: `run` alone."""
+    for option in reversed(_RUN):
+        command = option(command)
+    return command
+
+
+def check_run(options: dict[str, Any]) -> None:
+    """Raises `UsageError` for options of `run` that contradict each other."""
+    name = options["name"]
+    if name is not None and not _LAUNCH_NAME.fullmatch(name):
+        raise UsageError(
+            f"--name {name!r} is not a name", hint="letters, digits, dots, dashes and underscores; 64 at most"
+        )
+    if options["prompt"] is None:
+        return
+    for other, given in (("--detach", options["detach"]), ("--restart", options["restart"] != "no")):
+        if given:
+            raise UsageError(
+                f"--prompt answers once and stops: {other} contradicts that", hint="leave one of the two out"
+            )
 
 
 def bench_options(command: Command) -> Command:
@@ -181,9 +239,24 @@ def to_request(options: dict[str, Any], runtime_args: tuple[str, ...]) -> Reques
         force=options["force"],
         host=options["host"],
         port=options["port"],
-        api_key=options["api_key"],
+        api_key=_key(options["api_key"], no_auth=options["no_auth"]),
+        no_auth=options["no_auth"],
         runtime_args=runtime_args,
     )
+
+
+def _key(given: str | None, *, no_auth: bool) -> str | None:
+    """What clients must send. Raises `UsageError` for what is no key, and for a key beside --no-auth."""
+    if given is None:
+        return None
+    from mgpu.launch.keys import check_key
+
+    by_variable = given == os.environ.get(KEY_VARIABLE)
+    if no_auth and by_variable:
+        return None  # what is said on the command line counts
+    if no_auth:
+        raise UsageError("--api-key and --no-auth contradict each other", hint="leave one of the two out")
+    return check_key(given, f"${KEY_VARIABLE}" if by_variable else "--api-key")
 
 
 def _names(text: str | None) -> tuple[str, ...]:

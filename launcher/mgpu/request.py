@@ -18,6 +18,12 @@ OFFLOAD_CHOICES: Final[tuple[OffloadChoice, ...]] = get_args(OffloadChoice)
 #: Tokens of context per user when none is asked for, at most (the trained context if that is smaller).
 DEFAULT_CTX: Final = 8192
 
+#: Where clients' key is read from, if nobody gives --api-key. Ours alone: no runtime sees it.
+KEY_VARIABLE: Final = "MGPU_API_KEY"
+
+#: Stands for a key that is nothing to print: one that mgpu made up, or that came by `KEY_VARIABLE`.
+KEY_PLACEHOLDER: Final = "<api-key>"
+
 
 class Request(Struct, frozen=True, kw_only=True):
     """One `run` or `plan`. `ctx` is tokens per user; None means the default, "max" the largest that fits."""
@@ -34,4 +40,7 @@ class Request(Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int | None = None  # None: a free one from 8080 up
     api_key: str | None = None
+    no_auth: bool = False  # open to whoever reaches `host`
+    key_file: str = ""  # where `api_key` is kept, if mgpu made it up
+    exposed: bool = False  # `host` can be reached from other machines, as far as is known
     runtime_args: tuple[str, ...] = ()  # everything after `--`, unchanged

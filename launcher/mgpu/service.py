@@ -134,6 +134,16 @@ class Attachment(Protocol):
 
 
 @runtime_checkable
+class Undone(Protocol):
+    """An attachment that others can give back where whoever began it was killed: by plain requests, in this order."""
+
+    @property
+    def undo(self) -> tuple[Call, ...]:
+        """What there is to give back by now; asked before `begin` and once it is ready."""
+        ...
+
+
+@runtime_checkable
 class Asked(Protocol):
     """An attachment whose service speaks no OpenAI API: it is asked in its own words."""
 

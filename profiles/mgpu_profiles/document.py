@@ -28,6 +28,15 @@ _Count = Annotated[int, Meta(ge=0, le=1 << 31)]
 _Speed = Annotated[float, Meta(ge=1e-6, le=1e9)]
 
 
+#: More cards are refused. The largest single machines have 16, or 8 in 7 slices each.
+MAX_CARDS: Final = 128
+_MAX_TABLES: Final = 8192
+
+#: Lines that are refused before they are parsed: `a.a.a.…` takes tomllib the square of its length, and hexadecimal
+#: numbers have no limit of their own.
+_MAX_LINE: Final = 2000
+_MAX_DOTS: Final = 200
+
 LinkPath = Literal["PIX", "PXB", "PHB", "NODE", "SYS"]
 
 
@@ -99,9 +108,9 @@ class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     schema: Literal[1] = 1
     name: _Name
     host: HostTable
-    gpu: tuple[GpuTable, ...] = ()
-    link: tuple[LinkTable, ...] = ()
-    measured: tuple[MeasuredTable, ...] = ()
+    gpu: Annotated[tuple[GpuTable, ...], Meta(max_length=MAX_CARDS)] = ()
+    link: Annotated[tuple[LinkTable, ...], Meta(max_length=_MAX_TABLES)] = ()
+    measured: Annotated[tuple[MeasuredTable, ...], Meta(max_length=_MAX_TABLES)] = ()
 
 
 class _Version(Struct):
@@ -125,7 +134,7 @@ FORMS: Final[Mapping[str, str]] = {
     "host.ram_bandwidth_gbs": "write it like ram_bandwidth_gbs = 80, in GB/s",
     "host.cores": "write it like cores = 8, physical ones",
     "host.psu_watts": "write it like psu_watts = 1200",
-    "gpu": "each card is a table of its own: [[gpu]], then its keys below it",
+    "gpu": f"each card is a table of its own: [[gpu]], then its keys below it; at most {MAX_CARDS} of them",
     "gpu.name": 'write it as the driver does, like name = "NVIDIA GeForce RTX 3090"',
     "gpu.uuid": "copy it from `nvidia-smi -L`, or leave it out",
     "gpu.vram_mib": "write it like vram_mib = 24576, whole MiB",
@@ -171,6 +180,7 @@ FORMS: Final[Mapping[str, str]] = {
 
 def read_document(text: str, origin: str) -> Document:
     """The tables of a profile, every value checked. `origin`, the file, is named in errors. Raises `ProfileError`."""
+    _check_lines(text, origin)
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, arrays nested without end
@@ -185,6 +195,13 @@ def read_document(text: str, origin: str) -> Document:
     _check_links(document, origin)
     _check_measured(document, origin)
     return document
+
+
+def _check_lines(text: str, origin: str) -> None:
+    for number, line in enumerate(text.split("\n"), 1):
+        if len(line) > _MAX_LINE or (line.count(".") > _MAX_DOTS and not line.lstrip().startswith("#")):
+            what = f"line {number} has more than {_MAX_LINE} characters or {_MAX_DOTS} dots"
+            raise ProfileError(f"{origin}: not TOML: {what}", hint=f"correct that line of {origin}")
 
 
 def write_document(document: Document) -> str:
@@ -261,9 +278,12 @@ def _form(key: str) -> str:
 
 def _shown(value: object) -> str:
     """A value as TOML would have it, near enough, in one short line."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if isinstance(value, str | Sequence | Mapping):
-        text = repr(value)  # one line whatever is in it
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        text = repr(value) if isinstance(value, str | Sequence | Mapping) else str(value)  # one line whatever is in it
+    except RecursionError:
+        text = "tables in tables without end"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -167,6 +167,24 @@ def _handle_by_index(fake: FakeLibrary, index: Any, out: Any) -> None:
     _set_handle(out, index.value + 1)
 
 
+def _handle_by(key: str) -> Callable[..., None]:
+    """Of a card or, by its UUID, an instance. One that is lost is still known by its name."""
+
+    def function(fake: FakeLibrary, wanted: Any, out: Any) -> None:
+        name = getattr(wanted, "value", wanted)
+        name = name.decode() if isinstance(name, bytes) else name
+        cards = [(number, table) for number, table in enumerate(fake.machine.gpus, 1)]
+        cards += [(number, table) for number, table in enumerate(fake.machine.migs, _FIRST_INSTANCE)]
+        for number, table in cards:
+            if table.get(key) == name:
+                if code := int(table.get("handle_error", 0)):
+                    raise _AnswerError(code)
+                return _set_handle(out, number)
+        raise _AnswerError(NOT_FOUND)
+
+    return function
+
+
 def _memory(fake: FakeLibrary, handle: Any, out: Any) -> None:
     table, memory = fake.table(handle), out._obj
     memory.total = _value(table, "mem_total")
@@ -234,6 +252,23 @@ def _nvlink_pci(fake: FakeLibrary, handle: Any, link: int, out: Any) -> None:
     _fill_pci({"pci_bus_id": "00000000:C1:00.0"} if peer is None else fake.machine.gpus[peer], out)
 
 
+def _bar1(fake: FakeLibrary, handle: Any, out: Any) -> None:
+    out._obj.bar1Total = _value(fake.table(handle), "bar1_total")
+
+
+def _ecc_mode(fake: FakeLibrary, handle: Any, current: Any, pending: Any) -> None:
+    current._obj.value = pending._obj.value = _value(fake.table(handle), "ecc")
+
+
+def _ecc_errors(fake: FakeLibrary, handle: Any, _kind: Any, _counter: Any, out: Any) -> None:
+    out._obj.value = _value(fake.table(handle), "ecc_errors")
+
+
+def _remapped_rows(fake: FakeLibrary, handle: Any, _fixed: Any, _lost: Any, pending: Any, failed: Any) -> None:
+    pending._obj.value = _value(fake.table(handle), "rows_pending")
+    failed._obj.value = int(fake.table(handle).get("rows_failed", 0))
+
+
 def _mig_mode(fake: FakeLibrary, handle: Any, current: Any, pending: Any) -> None:
     current._obj.value = pending._obj.value = _value(fake.table(handle), "mig_mode")
 
@@ -266,6 +301,8 @@ FUNCTIONS: Final[dict[str, Callable[..., None]]] = {
     "nvmlSystemGetCudaDriverVersion_v2": _cuda_version,
     "nvmlDeviceGetCount_v2": _count,
     "nvmlDeviceGetHandleByIndex_v2": _handle_by_index,
+    "nvmlDeviceGetHandleByUUID": _handle_by("uuid"),
+    "nvmlDeviceGetHandleByPciBusId_v2": _handle_by("pci_bus_id"),
     "nvmlDeviceGetName": _text("name"),
     "nvmlDeviceGetUUID": _text("uuid"),
     "nvmlDeviceGetPciInfo_v3": _pci,
@@ -277,6 +314,14 @@ FUNCTIONS: Final[dict[str, Callable[..., None]]] = {
     "nvmlDeviceGetMaxPcieLinkWidth": _number("pcie_width_max"),
     "nvmlDeviceGetGpuMaxPcieLinkGeneration": _number("pcie_gen_card"),
     "nvmlDeviceGetEnforcedPowerLimit": _number("power_limit_mw"),
+    "nvmlDeviceGetPowerManagementLimit": _number("power_limit_mw"),
+    "nvmlDeviceGetPowerManagementDefaultLimit": _number("power_default_mw"),
+    "nvmlDeviceGetPersistenceMode": _number("persistence"),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": _number("slowed"),
+    "nvmlDeviceGetBAR1MemoryInfo": _bar1,
+    "nvmlDeviceGetEccMode": _ecc_mode,
+    "nvmlDeviceGetTotalEccErrors": _ecc_errors,
+    "nvmlDeviceGetRemappedRows": _remapped_rows,
     "nvmlDeviceGetMemoryBusWidth": _number("mem_bus_width"),
     "nvmlDeviceGetMaxClockInfo": _clock,
     "nvmlDeviceGetDisplayActive": _number("display_active"),

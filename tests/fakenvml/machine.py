@@ -6,6 +6,8 @@
             pcie_width_max, pcie_gen_card (in the best of slots), compute_capability (86), power_limit_mw,
             mem_bus_width, mem_clock_max_mhz, display_active, handle_error, switch_links (NVLinks to a switch),
             idle_links (the first NVLinks, with nothing at their end), mig_mode, mig_max, proc_pid, proc_mem
+            of the Python fake alone, too: persistence, power_default_mw, slowed (clock event reasons), bar1_total, ecc,
+            ecc_errors, rows_pending, rows_failed
     mig     one per instance: gpu, slot, and keys as of a gpu
     link    one per pair: a, b, nvlinks, level (nvmlGpuTopologyLevel_t: 30 is PHB), and p2p, p2p_nvlink (what
             nvmlDeviceGetP2PStatus says for READ and for NVLINK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mgpu.adapter import Abilities, Adapter, Installed, Job, LogFact, Probe, Search
+from mgpu.adapter import Abilities, Adapter, Installed, Job, LogFact, Probe, Search, Stats
 from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
@@ -23,6 +23,7 @@ from mgpu_adapters.aikit.log import read_line
 from mgpu_adapters.vllm.adapter import without
 from mgpu_adapters.vllm.checks import capability_of
 from mgpu_adapters.vllm.job import prepare_as
+from mgpu_adapters.vllm.metrics import read_metrics
 
 #: vLLM in the newest image (Dockerfile: FROM vllm/vllm-openai:v0.20.0-cu130).
 _VLLM: Final = "0.20.0"
@@ -84,6 +85,9 @@ class AIKit(Adapter):
 
     def read_log(self, line: str) -> LogFact | None:
         return read_line(line)
+
+    def read_metrics(self, text: str) -> Stats | None:
+        return read_metrics(text)
 
 
 def _is_usable(gpu: Gpu) -> bool:

@@ -18,7 +18,7 @@ from mgpu_adapters.aikit.docker import IMAGE
 from mgpu_adapters.vllm.command import FULL_UUID, serving
 from mgpu_adapters.vllm.flags import Given
 from mgpu_adapters.vllm.memory import Footprint
-from mgpu_adapters.vllm.serving import SCRUB, addresses, fingerprint_of, secret, version_of
+from mgpu_adapters.vllm.serving import SCRUB, addresses, fingerprint_of, metrics_of, secret, version_of
 
 #: Where vLLM listens inside; outside it is at the plan's address.
 _INSIDE: Final = Endpoint(host="0.0.0.0", port=8000)  # noqa: S104 - of a container, which is published on one address
@@ -62,6 +62,7 @@ def build_container(
         fingerprint=fingerprint_of(served.n_ranks, served.n_stages, given),
         after=(docker, "rm", "--force", name),
         elsewhere=True,
+        metrics_url=metrics_of(base),
     )
 
 

@@ -32,7 +32,7 @@ NO_DAEMON: Final = re.compile(
     r"|error during connect"
 )
 _ADDRESS: Final = re.compile(r"(?:at|API at) ((?:unix|tcp|npipe|ssh)://[^\s.;]+(?:\.sock)?[^\s.;]*)")
-_SERVER: Final = re.compile(r"^Server:.*?^ +Version: +(\S+)", re.MULTILINE | re.DOTALL)
+_SERVER: Final = re.compile(r"^Server:.*?^ +Version: +([\w.+~-]{1,60})", re.MULTILINE | re.DOTALL)
 _NVIDIA: Final = re.compile(r"^ *Runtimes:.*\bnvidia\b|nvidia\.com/gpu", re.MULTILINE)
 
 
@@ -85,7 +85,7 @@ def _entrypoint(text: str) -> list[str] | None:
     start = text.find("[")
     try:
         described: Any = json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(described, list) or not described or not isinstance(described[0], dict):
         return None

@@ -8,6 +8,7 @@ from typing import Final
 from mgpu.adapter import Cause, LogFact, Stage
 from mgpu_adapters.aikit.docker import IMAGE, JOIN_GROUP, NO_DAEMON, NO_PERMISSION, START_DAEMON, TOOLKIT
 from mgpu_adapters.vllm.log import read_line as read_vllm
+from mgpu_adapters.words import clip, shortage_of_ram
 
 _CAUSES: Final = (
     (r"could not select device driver .* capabilities: \[\[gpu\]\]", "Docker has no NVIDIA Container Toolkit", TOOLKIT),
@@ -27,6 +28,9 @@ _CAUSES: Final = (
     (r'exec: "vllm": executable file not found', "this image has no vLLM on its path", f"docker pull {IMAGE}"),
 )  # fmt: skip
 
+#: Docker's and the kernel's words for a container that had more than its share of RAM.
+_KILLED: Final = re.compile(r"\bOOMKilled\b|container init was OOM-killed|memory limit too low")
+
 _STAGES: Final = (
     (r"Unable to find image '([^']+)' locally", "fetching the image"),
     (r"^[0-9a-f]{12}: Pull complete", "fetching the image"),
@@ -35,6 +39,9 @@ _STAGES: Final = (
 
 def read_line(line: str) -> LogFact | None:
     """The fact in one line of the log, or None."""
+    line = clip(line)
+    if _KILLED.search(line):
+        return shortage_of_ram(0)
     if NO_PERMISSION.search(line):
         return Cause(text="this user may not use Docker", hint=JOIN_GROUP)
     if NO_DAEMON.search(line):

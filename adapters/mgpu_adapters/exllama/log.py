@@ -1,4 +1,4 @@
-"""What TabbyAPI's log lines say: stages of loading, and why it fails.
+"""What TabbyAPI's log lines say: stages of loading, requests served, and why it fails.
 
 Formats: TabbyAPI main e632af4 and exl2-checkpoint 79126f9 (`common/`, `backends/`, `endpoints/`), ExLlamaV2 0.3.2,
 ExLlamaV3 1.4.1 and 1.6.5. Each line of its own begins "2026-08-13 20:55:45.123 INFO:     ".
@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Cause, LogFact, Stage
+from mgpu.adapter import Cause, LogFact, Served, Stage
+from mgpu_adapters.torch import read_shortage
+from mgpu_adapters.words import clip
 
 _STAGES: Final = (
     (r"INFO: +Loading model: ", "loading weights"),
@@ -21,8 +23,23 @@ _STAGES: Final = (
     (r"INFO: +Uvicorn running on", "serving"),
 )
 
-_LESS: Final = "use a smaller --ctx, fewer --users or --kv-type q8_0, or keep more free with --reserve"
 _REINSTALL: Final = "in TabbyAPI's folder: venv/bin/pip install --upgrade '.[cu12]'"
+
+_SHORT: Final = Cause(
+    text="the cards of the plan had no room for model and cache: something else has taken memory since",
+    hint="use a smaller --ctx, fewer --users or --kv-type q8_0, or keep more free with --reserve",
+    out_of_memory=True,
+)
+#: ExLlamaV2's and V3's own check, before CUDA would say it.
+_NO_ROOM: Final = re.compile(
+    r"Insufficient VRAM (?:in split )?for model and cache|Insufficient space in device allocation"
+)
+
+#: common/gen_logging.py: the seconds include the queue and the prompt; the speed is that of generation alone.
+_SERVED: Final = re.compile(
+    r"Metrics \(ID: \S{1,80}\): (\d{1,9}) tokens generated in (\d{1,9}(?:\.\d{1,9})?) seconds"
+    r"(?:.{0,200}?Generate: (\d{1,9}(?:\.\d{1,9})?) T/s)?"
+)
 
 #: What is said (a regex), what it means, what to do, and whether its port was taken.
 _CAUSES: Final = (
@@ -35,13 +52,6 @@ _CAUSES: Final = (
     (r"Ports (\d+) and (\d+) are in use", "ports {0} and {1} are in use", "leave --port out to get a free one", True),
     (r"error while attempting to bind on address|Address already in use", "the port is in use by another program",
      "leave --port out to get a free one", True),
-    (
-        r"Insufficient VRAM (?:in split )?for model and cache|Insufficient space in device allocation",
-        "the cards of the plan had no room for model and cache: something else has taken memory since",
-        _LESS,
-        False,
-    ),
-    (r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory", "out of memory on a GPU", _LESS, False),
     (
         r"Models quantized with '(exl2|gptq)' require the exllamav2 backend",
         "this TabbyAPI serves no {0}: main left ExLlamaV2 in July 2026",
@@ -74,6 +84,14 @@ _CAUSES: Final = (
 
 def read_line(line: str) -> LogFact | None:
     """The fact in one line of the log, or None."""
+    line = clip(line)
+    if "tokens generated in" in line:
+        return _served(line)
+    if _NO_ROOM.search(line):
+        return _SHORT
+    short = read_shortage(line)
+    if short is not None:
+        return short
     for pattern, text, hint, port_taken in _CAUSES:
         match = re.search(pattern, line)
         if match is not None:
@@ -82,3 +100,11 @@ def read_line(line: str) -> LogFact | None:
         if re.search(pattern, line):
             return Stage(text=text)
     return None
+
+
+def _served(line: str) -> Served | None:
+    match = _SERVED.search(line)
+    if match is None:
+        return None
+    n_tokens, speed = int(match[1]), float(match[3] or 0)
+    return Served(n_tokens=n_tokens, seconds=n_tokens / speed if speed else float(match[2]))

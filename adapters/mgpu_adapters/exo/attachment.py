@@ -89,6 +89,13 @@ class ExoAttachment:
                 hint=f"look at {self._url}, and delete it there",
             )
 
+    @property
+    def undo(self) -> tuple[Call, ...]:
+        """The instance is deleted, if it is ours and made by now."""
+        if self.instance_id is None:
+            return ()
+        return (Call(method="DELETE", url=f"{self._url}/instance/{quote(self.instance_id, safe='')}"),)
+
     def _place(self) -> Part[None]:
         """Asks for placements, creates the best, and knows its id from then on."""
         query = urlencode({"model_id": self.model_name})

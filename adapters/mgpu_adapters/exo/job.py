@@ -18,6 +18,7 @@ from mgpu_adapters.exo.attachment import ExoAttachment
 from mgpu_adapters.exo.names import model_id
 from mgpu_adapters.exo.placing import Wish
 from mgpu_adapters.exo.state import Card
+from mgpu_adapters.keyless import check_unexposed
 
 _HEEDED: Final = frozenset({"split"})
 _OPEN: Final = "Exo's API has no password and listens on every interface: whoever reaches it can use it (exo#1833)"
@@ -61,7 +62,12 @@ class ExoJob(Remote, frozen=True, kw_only=True):
 
 
 def prepare(model: Model, request: Request, installed: Installed) -> Job:
-    """The job. Raises `BadModelError` for what is no model of Exo's, `UsageError` for arguments after `--`."""
+    """The job.
+
+    Raises `BadModelError` for what is no model of Exo's, `UsageError` for arguments after `--`, `RefusedError` for a
+    host that needs a key.
+    """
+    check_unexposed(request, "Exo")
     if request.runtime_args:
         raise UsageError(
             f"{request.runtime_args[0]} cannot be given to Exo, which is running already",

@@ -101,7 +101,7 @@ class State(Struct, frozen=True, rename="camel"):
     node_memory: dict[str, NodeMemory] = {}
     instances: dict[str, dict[str, Instance]] = {}
     runners: dict[str, dict[str, Any]] = {}
-    downloads: dict[str, list[dict[str, Any]]] = {}
+    downloads: dict[str, list[dict[str, dict[str, Any]]]] = {}
 
     def name_of(self, node_id: str) -> str:
         """What its owner calls the node, or the start of its id."""
@@ -131,7 +131,7 @@ class State(Struct, frozen=True, rename="camel"):
         """How far the instance's nodes are with fetching the model; None when none of them is fetching."""
         model_id = instance.shard_assignments.model_id
         under_way = [
-            decode(body.get("downloadProgress", {}), Progress)
+            _decoded(body.get("downloadProgress", {}), Progress) or Progress()
             for node in instance.shard_assignments.node_to_runner
             for tagged in self.downloads.get(node, [])
             for kind, body in tagged.items()
@@ -156,7 +156,8 @@ class State(Struct, frozen=True, rename="camel"):
 
     def _runner(self, runner_id: str) -> Runner:
         kind, body = next(iter(self.runners.get(runner_id, {}).items()), ("", {}))
-        return decode({**body, "kind": kind}, Runner) if isinstance(body, dict) else Runner(kind=kind)
+        told = _decoded({**body, "kind": kind}, Runner) if isinstance(body, dict) else None
+        return told or Runner(kind=kind)
 
 
 class Card(Struct, frozen=True):
@@ -188,7 +189,7 @@ class Preview(Struct, frozen=True):
     @property
     def placed(self) -> Instance | None:
         body = next(iter((self.instance or {}).values()), None)
-        return None if body is None else decode(body, Instance)
+        return None if body is None else _decoded(body, Instance)
 
     @property
     def n_nodes(self) -> int:
@@ -201,14 +202,24 @@ class Previews(Struct, frozen=True):
 
 def decode(body: Any, kind: type[T]) -> T:
     """`body`, as JSON text or as decoded already. Raises `ValueError` (msgspec's) for what it cannot be."""
-    if isinstance(body, str):
-        return msgspec.json.decode(body, type=kind)
-    return msgspec.convert(body, kind)
+    try:
+        return msgspec.json.decode(body, type=kind) if isinstance(body, str) else msgspec.convert(body, kind)
+    except RecursionError as error:
+        raise ValueError("nested without end") from error
+
+
+def _decoded(body: Any, kind: type[T]) -> T | None:
+    """None for a part of the state that is not as we know it: what else it says still holds."""
+    try:
+        return decode(body, kind)
+    except ValueError:
+        return None
 
 
 def _model_of(download: dict[str, Any]) -> str:
     """The model of a download: in its shard's metadata, one key deep in the shard's kind."""
-    shards: dict[str, Any] = download.get("shardMetadata") or {}
-    card = next((shard.get("modelCard") for shard in shards.values() if isinstance(shard, dict)), None)
+    shards = download.get("shardMetadata")
+    every = shards.values() if isinstance(shards, dict) else ()
+    card = next((shard.get("modelCard") for shard in every if isinstance(shard, dict)), None)
     model_id = card.get("modelId") if isinstance(card, dict) else None
     return model_id if isinstance(model_id, str) else ""

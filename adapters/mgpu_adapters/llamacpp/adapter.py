@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Abilities, Installed, Job, ListedDevice, LogFact, Probe, Projector, Search
+from mgpu.adapter import Abilities, Installed, Job, ListedDevice, LogFact, Probe, Projector, Search, Stats
 from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
@@ -14,6 +14,7 @@ from mgpu_adapters.llamacpp.cards import bind, read_devices
 from mgpu_adapters.llamacpp.flags import SPELLINGS
 from mgpu_adapters.llamacpp.job import prepare
 from mgpu_adapters.llamacpp.log import read_line
+from mgpu_adapters.llamacpp.metrics import read_metrics
 from mgpu_adapters.llamacpp.refusals import TENSOR
 
 _INSTALL: Final = (
@@ -22,7 +23,7 @@ _INSTALL: Final = (
 )
 
 #: `version: 0.6.0-dev (build 1, commit 86a2835)`, or `version: 9890 (74976e1ae)` before 2026.
-_VERSION: Final = re.compile(r"version: (?:(\S+) \(build (\d+)|(\d+) \()")
+_VERSION: Final = re.compile(r"version: (?:([\w.+-]{1,60}) \(build ([0-9]{1,9})|([0-9]{1,9}) \()", re.ASCII)
 #: `-sm, --split-mode {none,layer,row,tensor}`: since 2026-04 (PR #19378).
 _TENSOR_HELP: Final = re.compile(r"--split-mode\s+\{[^}]*\btensor\b")
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
@@ -110,6 +111,9 @@ class LlamaCpp:
 
     def read_log(self, line: str) -> LogFact | None:
         return read_line(line)
+
+    def read_metrics(self, text: str) -> Stats | None:
+        return read_metrics(text)
 
 
 def _version(text: str) -> str:

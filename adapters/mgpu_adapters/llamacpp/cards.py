@@ -15,7 +15,12 @@ from mgpu.units import MIB
 from mgpu_profiles.gpus import find_spec, plain_name
 
 #: `  CUDA0: NVIDIA GeForce RTX 4090 (24077 MiB, 23600 MiB free)`; descriptions may hold parentheses of their own.
-_LISTED: Final = re.compile(r"^\s+(\S+?):\s+(.+?)\s+\((\d+)\s+MiB,\s+(\d+)\s+MiB\s+free\)\s*$", re.MULTILINE)
+_LISTED: Final = re.compile(
+    r"[ \t]{1,20}(\S{1,60}?):[ \t]{1,20}(.{1,200}?)[ \t]{1,20}"
+    r"\(([0-9]{1,9})[ \t]{1,20}MiB,[ \t]{1,20}([0-9]{1,9})[ \t]{1,20}MiB[ \t]{1,20}free\)[ \t\r]{0,20}"
+)
+
+_LONGEST: Final = 400  # characters of such a line
 
 #: The backend each vendor's cards have in a build made for them.
 _BACKENDS: Final[Mapping[Vendor, str]] = {
@@ -44,7 +49,8 @@ def read_devices(text: str) -> tuple[ListedDevice, ...]:
         ListedDevice(
             device=match[1], description=match[2], total_bytes=int(match[3]) * MIB, free_bytes=int(match[4]) * MIB
         )
-        for match in _LISTED.finditer(text)
+        for line in text.split("\n")
+        if len(line) < _LONGEST and (match := _LISTED.fullmatch(line)) and match[2].isprintable()
     )
 
 

@@ -6,22 +6,28 @@ from collections.abc import Iterator
 from typing import Final
 
 from mgpu.adapter import Command, Endpoint, Installed
+from mgpu.errors import UsageError
 from mgpu.model import Model
 from mgpu.plan import Layout
 from mgpu.rig import Gpu, Rig
 from mgpu_adapters.llamacpp.cards import device_names, visibility
 from mgpu_adapters.llamacpp.flags import SPELLINGS, Given
-from mgpu_adapters.llamacpp.log import RANKS
 from mgpu_adapters.llamacpp.settings import Settings
+from mgpu_adapters.llamacpp.shortage import RANKS
 
 #: Flags that not every build in use knows; passed only where `--help` lists them.
 _OPTIONAL: Final = frozenset({"fit", "n-cpu-moe", "verbosity"})
+
+#: One key a line (llama.cpp b11434 common/arg.cpp); a file that is not there ends llama-server, rather than opens it.
+_KEY_FILE: Final = "--api-key-file"
 
 #: Where a GGUF keeps its chat template; long ones are known by their length alone.
 _TEMPLATES: Final = frozenset({"tokenizer.chat_template", "tokenizer.chat_template.length"})
 
 #: The library's INFO lines (buffers, stages) come at this verbosity (llama.cpp b11434 common/log.cpp).
 _VERBOSITY: Final = "4"
+
+_METRICS: Final = SPELLINGS["metrics"][-1]
 
 
 def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that holds them all
@@ -34,8 +40,13 @@ def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that ho
     installed: Installed,
     arguments: tuple[str, ...],
     given: Given,
+    key_file: str = "",
 ) -> Command:
-    """argv, environment and addresses for `layout`. Flags in `arguments` take the place of ours."""
+    """argv, environment and addresses for `layout`. Flags in `arguments` take the place of ours.
+
+    `key_file`: where the endpoint's key is kept, if it is. Raises `UsageError` for a key that llama.cpp would take for
+    several.
+    """
     argv = [installed.executable]
     for name, value in _options(model, settings, layout, rig, endpoint):
         spelling = SPELLINGS[name][-1]
@@ -44,22 +55,45 @@ def build_command(  # noqa: PLR0913 - one call, by keyword, from the job that ho
         argv.append(spelling)
         if value:
             argv.append(value)
-    env = visibility(_gpus(layout, rig), rig)
-    if endpoint.api_key is not None:
-        env["LLAMA_API_KEY"] = endpoint.api_key  # in argv every user of the machine could read it
+    in_file = bool(key_file) and _KEY_FILE in installed.flags
+    if in_file and "api-key-file" not in given:
+        argv += [_KEY_FILE, key_file]
+    env = visibility(_gpus(layout, rig), rig) | ({} if in_file else _secret(endpoint))
     base = f"http://{_authority(endpoint)}"
-    watched = (SPELLINGS["verbosity"][-1], _VERBOSITY)
+    watched = tuple(_watched(installed, given))
     return Command(
         argv=(*argv, *arguments),
         devices=_named_in_log(layout, device_names(_gpus(layout, rig))),
         env=env,
         scrub=("LLAMA_ARG_",),
-        watch_argv=watched if watched[0] in installed.flags and "verbosity" not in given else (),
+        watch_argv=watched,
         files={},
         chat=bool(_TEMPLATES & model.metadata.keys()),
         ready_url=f"{base}/health",
         endpoint=f"{base}/v1",
+        metrics_url=f"{base}/metrics" if "metrics" in given or _METRICS in watched else "",
     )
+
+
+def _watched(installed: Installed, given: Given) -> Iterator[str]:
+    """What it is to tell whoever started it: its buffers and stages, and how much it serves."""
+    verbosity = SPELLINGS["verbosity"][-1]
+    if verbosity in installed.flags and "verbosity" not in given:
+        yield from (verbosity, _VERBOSITY)
+    if _METRICS in installed.flags and "metrics" not in given:
+        yield _METRICS
+
+
+def _secret(endpoint: Endpoint) -> dict[str, str]:
+    """The key as a variable: in argv every user of the machine could read it."""
+    key = endpoint.api_key
+    if key is None:
+        return {}
+    if "," in key or '"' in key:  # a list, as CSV (llama.cpp b11434 common/arg.cpp); "," alone would be no key at all
+        raise UsageError(
+            "the key has a comma or a double quote, and llama.cpp would take it for several", hint="use another key"
+        )
+    return {"LLAMA_API_KEY": key}
 
 
 def _options(

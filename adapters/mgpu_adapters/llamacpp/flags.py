@@ -22,6 +22,7 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "host": ("--host",),
     "port": ("--port",),
     "api-key": ("--api-key",),
+    "api-key-file": ("--api-key-file",),
     "device": ("-dev", "--device"),
     "gpu-layers": ("-ngl", "--gpu-layers", "--n-gpu-layers"),
     "split-mode": ("-sm", "--split-mode"),
@@ -43,10 +44,11 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "override-tensor": ("-ot", "--override-tensor"),
     "fit": ("-fit", "--fit"),
     "verbosity": ("-lv", "--verbosity", "--log-verbosity"),
+    "metrics": ("--metrics",),
 }  # fmt: skip
 
 _SPLIT_MODES: Final[tuple[SplitMode, ...]] = get_args(SplitMode)
-_SWITCHES: Final = frozenset({"kv-unified", "no-kv-unified", "no-kv-offload", "swa-full", "cpu-moe"})
+_SWITCHES: Final = frozenset({"kv-unified", "no-kv-unified", "no-kv-offload", "swa-full", "cpu-moe", "metrics"})
 _OURS: Final = {"model": "MODEL", "host": "--host", "port": "--port", "api-key": "--api-key"}
 _NAMES: Final = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
 

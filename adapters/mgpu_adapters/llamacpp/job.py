@@ -143,6 +143,7 @@ class LlamaJob:
             installed=self._installed,
             arguments=self._request.runtime_args,
             given=self._given,
+            key_file=self._request.key_file,
         )
 
     def attachment(self, layout: Layout, rig: Rig) -> None:
@@ -247,6 +248,8 @@ def _warnings(given: Given, job: LlamaJob) -> list[str]:
         warnings.append("--tensor-split with --split-mode tensor: every card is planned with what the fullest holds")
     if given.values.get("fit") == "on":
         warnings.append("--fit on after `--` lets llama.cpp change what was planned")
+    if "api-key-file" in given:
+        warnings.append("--api-key-file after `--` is passed on: without a key from it mgpu cannot ask for a token")
     if "override-tensor" in given:
         warnings.append("--override-tensor turns pipeline parallelism off, and is planned for where it says CPU")
     return warnings

@@ -1,4 +1,4 @@
-"""What llama-server's log lines say: stages of loading, buffers, and the causes of failures we know.
+"""What llama-server's log lines say: stages of loading, buffers, requests served, and the causes of failures we know.
 
 Formats: llama.cpp b11434 (`-lv 4`; prefix "0.00.501.757 I "), and older builds without the prefix.
 """
@@ -8,30 +8,28 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mgpu.adapter import Buffer, Cause, LogFact, Stage
+from mgpu.adapter import Buffer, Cause, LogFact, Served, Stage
 from mgpu.units import MIB
-
-#: The log's name for tensor ranks together, however it spells them out ("Meta(CUDA0,CUDA1)").
-RANKS: Final = "Meta()"
+from mgpu_adapters.llamacpp.shortage import RANKS, read_shortage
+from mgpu_adapters.words import clip
 
 _KINDS: Final = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "output"}
-_BUFFER: Final = r"(\S+) +(model|KV|RS|compute|output) buffer size = +(\d+\.\d+) MiB"
+_BUFFER: Final = r"(?<!\S)(\S{1,100}) {1,40}(model|KV|RS|compute|output) buffer size = {1,40}(\d{1,12}\.\d{1,6}) MiB"
+
+#: One request's, since 2024-02. The sum at exit counts "runs", and older builds put "generation" before it.
+_SERVED: Final = r"(?<!\w )\beval time = {1,20}(\d{1,12}\.\d{1,6}) ms / {1,20}(\d{1,9}) tokens\b"
 
 _STAGES: Final = (
     ("loaded meta data with", "reading the header"),
     ("loading model tensors", "loading weights"),
     ("constructing llama_context", "allocating the context"),
+    ("retrying without pipeline parallelism", "allocating the context again"),  # what failed before was not fatal
     ("warming up the model", "warming up"),
     ("listening on", "starting to serve"),
 )
 
 #: What llama.cpp says when it fails (a regex), what it means, and what to do.
 _CAUSES: Final = (
-    (
-        r"out of memory|OutOfDeviceMemory|(?:failed|unable) to allocate (?:\S+|compute) buffer",
-        "out of memory on a device",
-        "use a smaller --ctx or --kv-type q8_0, or keep more free with --reserve",
-    ),
     (
         r"unknown model architecture: '([^']*)'",
         "this llama-server does not know the architecture {0!r}",
@@ -78,6 +76,11 @@ _CAUSES: Final = (
         "install it, or llama.cpp again",
     ),
     (
+        r"ErrorDeviceLost|vk::DeviceLostError|GPU is lost",
+        "the driver lost the device",
+        "`mgpu rig show` says which are left; `dmesg` has the driver's words",
+    ),
+    (
         r"ggml_cuda_init: failed",
         "the CUDA driver could not be used",
         "check the driver with nvidia-smi",
@@ -87,14 +90,26 @@ _CAUSES: Final = (
 
 def read_line(line: str) -> LogFact | None:
     """The fact in one line of the log, or None."""
+    line = clip(line)
     if "buffer size" in line:
         found = re.search(_BUFFER, line)
         if found is not None:
             device = RANKS if found[1].startswith(RANKS[:-1]) else found[1]
             return Buffer(device=device, kind=_KINDS[found[2]], n_bytes=round(float(found[3]) * MIB))
+    if "eval time" in line:
+        return _served(line)
     for words, stage in _STAGES:
         if words in line:
             return Stage(text=stage)
+    return read_shortage(line) or _cause(line)
+
+
+def _served(line: str) -> Served | None:
+    found = re.search(_SERVED, line)
+    return None if found is None else Served(n_tokens=int(found[2]), seconds=float(found[1]) / 1000)
+
+
+def _cause(line: str) -> Cause | None:
     for pattern, text, hint in _CAUSES:
         match = re.search(pattern, line)
         if match is not None:

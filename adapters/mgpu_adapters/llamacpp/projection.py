@@ -24,14 +24,14 @@ from mgpu_adapters.llamacpp.settings import Settings
 _INSTALL: Final = "cmake --build build --target llama-fit-params (in the sources of the same llama.cpp)"
 
 #: `CUDA0 4403 1024 290 `: model, context and compute in MiB; the host comes last.
-_LINE: Final = re.compile(r"^(\S+) (\d+) (\d+) (\d+) *$", re.MULTILINE)
+_LINE: Final = re.compile(r"^(\S{1,100}) ([0-9]{1,9}) ([0-9]{1,9}) ([0-9]{1,9}) *$", re.MULTILINE)
 #: The spellings at the beginning of an entry of `--help`.
 _ENTRY: Final = re.compile(r"^(?:--?[A-Za-z][\w-]*(?:,\s*|\s|$))+", re.MULTILINE)
 _FLAG: Final = re.compile(r"--?[A-Za-z][\w-]*")
 _NUMBER: Final = re.compile(r"-[\d.]")
 
 #: llama-server's alone, passed by mgpu itself: nothing to remark on when they are left out.
-_SERVER: Final = frozenset({"--host", "--port", "--kv-unified", "-kvu", "--no-kv-unified", "-no-kvu"})
+_SERVER: Final = frozenset({"--host", "--port", "--api-key-file", "--kv-unified", "-kvu", "--no-kv-unified", "-no-kvu"})
 _SLOTS: Final = frozenset({"--parallel", "-np"})
 
 

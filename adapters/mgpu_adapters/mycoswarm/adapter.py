@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mgpu.adapter import Abilities, Adapter, Installed, Job, ListedDevice, Probe, Search
-from mgpu.errors import RuntimeMissingError
+from mgpu.errors import RuntimeMissingError, one_line
 from mgpu.model import Format, Model
 from mgpu.request import Request
 from mgpu.service import TOKEN, Service
@@ -13,6 +13,7 @@ from mgpu_adapters.mycoswarm.job import prepare
 from mgpu_adapters.mycoswarm.swarm import Health, Peer, Status, Swarm, decode, nodes_of
 
 _URL: Final = "http://127.0.0.1:7890"
+_NAME: Final = 60  # characters of what a node calls itself
 _TOKEN_FILE: Final = "~/.config/mycoswarm/swarm-token"  # noqa: S105 - where it is, not what it is
 _START: Final = (
     "start it: pip install mycoswarm && mycoswarm daemon, on each machine with Ollama; or set MGPU_MYCOSWARM_URL"
@@ -62,7 +63,7 @@ class MycoSwarm(Adapter):
         nodes = nodes_of(status, peers)
         listed = tuple(
             ListedDevice(
-                device=node.hostname, description=node.gpu, total_bytes=node.total_bytes, free_bytes=node.free_bytes
+                device=one_line(node.hostname, _NAME), description=one_line(node.gpu, _NAME), total_bytes=node.total_bytes, free_bytes=node.free_bytes
             )
             for node in nodes
         )
@@ -70,7 +71,7 @@ class MycoSwarm(Adapter):
             runtime=self.name,
             executable=url,
             origin=probe.origin,
-            version=health.version or "unknown",
+            version=one_line(health.version, _NAME) or "unknown",
             flags=frozenset(),
             devices=listed,
             nodes=nodes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Generator, Mapping
 from typing import Any, Final, Literal, TypeVar
+from urllib.parse import quote
 
 from mgpu.errors import RuntimeFailedError
 from mgpu.service import Answer, Call, Digest, More, Pause, Said, Space, Talk, Told
@@ -73,7 +74,7 @@ class SwarmAttachment:
         """As it is generated, from the node that generates it; all at once where that node cannot be reached."""
         submitted = yield from self._submit(prompt, max_tokens=_ANSWER_TOKENS)
         base = f"http://{submitted.target_ip}:{submitted.target_port}" if submitted.target_ip else self._url
-        url = f"{base}/task/{submitted.task_id}/stream"
+        url = f"{base}/task/{quote(submitted.task_id, safe='')}/stream"
         event = yield Call(method="GET", url=url, headers=self._headers, timeout_s=_TASK_S, stream=True)
         begun = False
         while event is not None and event.status == _OK and not event.end:
@@ -99,7 +100,7 @@ class SwarmAttachment:
     def _await(self, task_id: str) -> Part[Outcome]:
         """The outcome, as the daemon relays it. Raises for a failure, and for none at all."""
         for _ in range(_LOOKS):
-            outcome = self._read((yield from self._ask("GET", f"/task/{task_id}")), Outcome)
+            outcome = self._read((yield from self._ask("GET", f"/task/{quote(task_id, safe='')}")), Outcome)
             if outcome.status == "failed":
                 raise RuntimeFailedError(
                     f"the swarm cannot run {self._name}: {outcome.error or 'no reason given'}",

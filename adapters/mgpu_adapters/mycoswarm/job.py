@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Final
 
@@ -14,6 +15,7 @@ from mgpu.plan import Layout
 from mgpu.request import DEFAULT_CTX, Request
 from mgpu.rig import Rig
 from mgpu.service import Attachment
+from mgpu_adapters.keyless import check_unexposed
 from mgpu_adapters.mycoswarm.attachment import SwarmAttachment, task
 from mgpu_adapters.mycoswarm.swarm import Swarm, SwarmNode, close_names, tagged
 
@@ -38,9 +40,9 @@ class SwarmJob(Remote, frozen=True, kw_only=True):
         """What asks one question by hand. The token is read where it lies: it is nothing to print."""
         del layout, rig, endpoint
         body = json.dumps(task("by-hand", self.name, "Hello", ctx=self.ctx, max_tokens=256))
-        quoted = "'" + body.replace("'", "'\\''") + "'"
         header = '"X-Swarm-Token: $(cat ~/.config/mycoswarm/swarm-token)"'
-        script = f"curl -fsS -H {header} -H 'Content-Type: application/json' -d {quoted} '{self.url}/task'"
+        asked = f"-d {shlex.quote(body)} {shlex.quote(f'{self.url}/task')}"
+        script = f"curl -fsS -H {header} -H 'Content-Type: application/json' {asked}"
         return Command(
             argv=("sh", "-c", script),
             env={},
@@ -57,6 +59,7 @@ class SwarmJob(Remote, frozen=True, kw_only=True):
 
 def prepare(model: Model, request: Request, installed: Installed) -> Job:
     """The job. Raises `BadModelError` for a model that no node has, `UsageError` for arguments after `--`."""
+    check_unexposed(request, "mycoSwarm")
     if request.runtime_args:
         raise UsageError(
             f"{request.runtime_args[0]} cannot be given to mycoSwarm, which is running already",

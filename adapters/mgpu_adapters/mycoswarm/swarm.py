@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from mgpu.adapter import Installed
 from mgpu.units import MIB
@@ -74,7 +74,7 @@ class Submitted(Struct, frozen=True):
 
     task_id: str
     message: str = ""
-    target_ip: str | None = None
+    target_ip: Annotated[str, Meta(pattern=r"^[0-9A-Za-z_.-]{1,253}\Z")] | None = None
     target_port: int | None = None
 
 
@@ -134,6 +134,7 @@ def close_names(name: str, nodes: Iterable[SwarmNode]) -> list[str]:
 
 def decode(body: Any, kind: type[T]) -> T:
     """`body`, as JSON text or as decoded already. Raises `ValueError` (msgspec's) for what it cannot be."""
-    if isinstance(body, str):
-        return msgspec.json.decode(body, type=kind)
-    return msgspec.convert(body, kind)
+    try:
+        return msgspec.json.decode(body, type=kind) if isinstance(body, str) else msgspec.convert(body, kind)
+    except RecursionError as error:
+        raise ValueError("nested without end") from error

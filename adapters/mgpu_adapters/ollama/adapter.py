@@ -7,20 +7,20 @@ from typing import Final
 
 import msgspec
 
-from mgpu.adapter import Abilities, Adapter, Cause, Installed, Job, LogFact, Probe, Search, Stage
+from mgpu.adapter import Abilities, Adapter, Installed, Job, LogFact, Probe, Search
 from mgpu.errors import RuntimeMissingError, UsageError
 from mgpu.model import Format, Model
 from mgpu.request import Request
 from mgpu.rig import Rig
 from mgpu.service import Service
-from mgpu_adapters.llamacpp.log import read_line
+from mgpu_adapters.ollama.log import read_line
 from mgpu_adapters.ollama.server import NEWEST, Found, parse_version
 
 _INSTALL: Final = "curl -fsSL https://ollama.com/install.sh | sh (macOS: brew install ollama)"
 _VERSION_PATH: Final = "/api/version"
 
 #: "Warning: client version is 0.9.0" where no server answers it (cmd/cmd.go versionHandler).
-_VERSION: Final = re.compile(r"client version is v?(\S+)|version is v?(\S+)")
+_VERSION: Final = re.compile(r"client version is v?([\w.+-]{1,60})|version is v?([\w.+-]{1,60})", re.ASCII)
 
 #: /api/create takes `from`, `files` and `parameters` since 0.5.5; 0.6 is the oldest that is planned for.
 _OLDEST: Final = (0, 6, 0)
@@ -74,13 +74,7 @@ class Ollama(Adapter):
         return prepare(model, request, installed)
 
     def read_log(self, line: str) -> LogFact | None:
-        """Its own log with a child's lines in it. Without buffers: a model that is loaded anew has them twice."""
-        fact = read_line(line)
-        if isinstance(fact, Stage | Cause):
-            return fact
-        if "address already in use" in line:
-            return Cause(text="its port is in use by another program", hint="leave --port out to get a free one")
-        return None
+        return read_line(line)
 
 
 def _version_in(text: str) -> str:

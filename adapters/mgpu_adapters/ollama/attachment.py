@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Final, TypeVar
 
-from mgpu.adapter import Cause
-from mgpu.errors import RuntimeFailedError
+from mgpu.errors import OutOfMemoryError, RuntimeFailedError
 from mgpu.service import Answer, Call, Digest, More, Pause, Said, Space, Talk, Told
 from mgpu.units import MIB, gib
-from mgpu_adapters.llamacpp.log import read_line
+from mgpu_adapters.ollama.log import read_refusal
 from mgpu_adapters.ollama.names import Wish
 
 T = TypeVar("T")
@@ -94,6 +93,15 @@ class OllamaAttachment:
         if self._wish.removes and self._wish.alias is None:
             digest = yield from self._digest()
             yield from self._delete(self._wish.import_name(digest[0][1]))
+
+    @property
+    def undo(self) -> tuple[Call, ...]:
+        """The model that was derived is unloaded and removed; the files it was made from stay, as without --rm."""
+        name = self.model_name
+        return (
+            Call(method="POST", url=self._at("generate"), body={"model": name, "keep_alive": 0}),
+            Call(method="DELETE", url=self._at("delete"), body={"model": name}),
+        )
 
     def _imported(self) -> Part[str]:
         """The name of the files' model on the server, which is there already or is made now."""
@@ -189,13 +197,7 @@ class OllamaAttachment:
         if answer.status == _OK and not _has_error(answer):
             return
         reason = _reason(answer)
-        cause = read_line(reason)
-        hint = "use a smaller --ctx, or see what else holds memory: `ollama ps`"
-        if isinstance(cause, Cause):
-            hint = cause.hint
-        elif answer.status == 503:
-            hint = "too many requests wait for it: try again"
-        raise RuntimeFailedError(f"Ollama does not load {self.model_name}: {reason}", hint=hint)
+        raise _not_loaded(f"Ollama does not load {self.model_name}: {reason}", reason, answer.status)
 
     def _prove(self) -> Part[None]:
         """A token as clients ask for it, which must not have the model loaded anew."""
@@ -206,9 +208,7 @@ class OllamaAttachment:
         if answer.status in {400, 501} and "not support" in reason:  # a model for embeddings
             yield Told(text=f"note: it is loaded, but could not be asked for a token: {reason}", stays=True)
         elif answer.status != _OK or _has_error(answer):
-            raise RuntimeFailedError(
-                f"Ollama answered the first request with {reason}", hint="`ollama ps`, and its log"
-            )
+            raise _not_loaded(f"Ollama answered the first request with {reason}", reason, answer.status)
         elif not _has_token(answer):
             raise RuntimeFailedError("Ollama answered the first request without a token", hint="see its log")
 
@@ -264,6 +264,17 @@ class OllamaAttachment:
 
     def _at(self, path: str) -> str:
         return f"{self._url}/api/{path}"
+
+
+def _not_loaded(message: str, reason: str, status: int) -> RuntimeFailedError:
+    cause = read_refusal(reason)
+    if cause is not None and cause.out_of_memory:
+        return OutOfMemoryError(message, hint=cause.hint, devices=cause.devices, wanted_bytes=cause.wanted_bytes)
+    if cause is not None:
+        return RuntimeFailedError(message, hint=cause.hint)
+    if status == 503:
+        return RuntimeFailedError(message, hint="too many requests wait for it: try again")
+    return RuntimeFailedError(message, hint="use a smaller --ctx, or see what else holds memory: `ollama ps`")
 
 
 def _has_error(answer: Answer) -> bool:

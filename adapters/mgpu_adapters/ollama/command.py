@@ -109,7 +109,8 @@ def _calls(url: str, wish: Wish) -> Iterator[str]:
         for number, path in enumerate(wish.paths):
             yield f"d{number}=sha256:$(sha256sum {shlex.quote(path)} | cut -c1-64)"
             yield f"curl -fsS -X POST -T {shlex.quote(path)} {shlex.quote(f'{url}/api/blobs/')}$d{number}"
-            digests.append(f"{json.dumps(path.rpartition('/')[2])}:\"'$d{number}'\"")
+            name = shlex.quote(json.dumps(path.rpartition("/")[2]))[1:-1]  # JSON's quotes make it quoted: within others
+            digests.append(f"{name}:\"'$d{number}'\"")
     body = json.dumps({"model": wish.name, **source, "parameters": wish.parameters, "stream": False})
     if digests:
         quoted = shlex.quote(body[:-1])[:-1]

@@ -13,6 +13,7 @@ from mgpu.model import Model
 from mgpu.plan import DeviceBytes, HostBytes, Layout, Shape
 from mgpu.request import Request
 from mgpu.rig import Gpu, Rig
+from mgpu_adapters.keyless import check_keyless
 from mgpu_adapters.llamacpp.adapter import LlamaCpp
 from mgpu_adapters.llamacpp.job import prepare as prepare_engine
 from mgpu_adapters.ollama.attachment import OllamaAttachment
@@ -221,10 +222,7 @@ def prepare(model: Model, request: Request, installed: Installed) -> Job:
     if model.format != "gguf":
         raise BadModelError(f"Ollama reads no {model.format}: {model.path}", hint="give a GGUF of the model")
     given = read_arguments(request.runtime_args)
-    if request.api_key is not None:
-        raise UsageError(
-            "--api-key: Ollama asks nobody for a key", hint="leave it out, or put a proxy in front that asks"
-        )
+    check_keyless(request, "Ollama")
     found = installed if isinstance(installed, Found) else Found.of(installed)
     _check_kv_type(request.kv_type, found)
     users = 1 if model.architecture in ONE_SLOT else request.users

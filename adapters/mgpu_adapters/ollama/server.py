@@ -19,7 +19,7 @@ Era = Literal["<=0.11.4", "0.11.5-0.29", ">=0.30"]
 #: Default context by the total memory of all cards, from 0.15.5 on (`server/routes.go` Serve).
 CONTEXT_TIERS: Final = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
 
-_VERSION: Final = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:[-+].*)?")
+_VERSION: Final = re.compile(r"v?([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})(?:[-+][\w.+-]{0,60})?", re.ASCII)
 _LIBRARIES: Final = {"nvidia": "CUDA", "amd": "ROCm", "apple": "Metal"}
 
 

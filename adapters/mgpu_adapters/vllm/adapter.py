@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from mgpu.adapter import Abilities, Installed, Job, ListedDevice, LogFact, Probe, Search
+from mgpu.adapter import Abilities, Installed, Job, ListedDevice, LogFact, Probe, Search, Stats
 from mgpu.errors import RuntimeMissingError
 from mgpu.model import Format, Model
 from mgpu.request import Request, RuntimeName
@@ -16,12 +16,13 @@ from mgpu.rig import Finding, Gpu, Rig
 from mgpu_adapters.vllm.checks import capability_of
 from mgpu_adapters.vllm.job import prepare
 from mgpu_adapters.vllm.log import read_line
+from mgpu_adapters.vllm.metrics import read_metrics
 from mgpu_adapters.vllm.serving import version_of
 
 _INSTALL: Final = "uv tool install vllm"
 
 #: The line of `vllm --version` that is a version; imports may log around it.
-_VERSION: Final = re.compile(r"^(vllm(?:[-_]cpu)? )?(\d+\.\d+\S*)\s*$", re.MULTILINE)
+_VERSION: Final = re.compile(r"^(vllm(?:[-_]cpu)? )?([0-9]{1,9}\.[0-9]{1,9}[\w.+-]{0,60})[ \t\r]*$", re.ASCII | re.MULTILINE)
 
 #: V1's scheduler, memory figures and pipelines, as planned with here.
 _OLDEST: Final = (0, 10)
@@ -98,6 +99,9 @@ class Vllm:
 
     def read_log(self, line: str) -> LogFact | None:
         return read_line(line)
+
+    def read_metrics(self, text: str) -> Stats | None:
+        return read_metrics(text)
 
 
 def _is_usable(gpu: Gpu) -> bool:

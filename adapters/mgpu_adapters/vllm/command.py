@@ -18,7 +18,7 @@ from mgpu_adapters.vllm.checks import check_cards, check_pipeline, check_tensor_
 from mgpu_adapters.vllm.flags import Given
 from mgpu_adapters.vllm.memory import SHARES, Footprint
 from mgpu_adapters.vllm.partition import layer_partition
-from mgpu_adapters.vllm.serving import LEAVES, SCRUB, addresses, fingerprint_of, secret, version_of
+from mgpu_adapters.vllm.serving import LEAVES, SCRUB, addresses, fingerprint_of, metrics_of, secret, version_of
 
 #: vLLM's own default since 0.21; more is taken only where the model needs it.
 USUAL_SHARE: Final = 9200
@@ -74,6 +74,7 @@ def build_command(
         endpoint=base,
         fingerprint=fingerprint_of(served.n_ranks, served.n_stages, given),
         leaves=LEAVES,
+        metrics_url=metrics_of(base),
     )
 
 

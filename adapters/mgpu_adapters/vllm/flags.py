@@ -42,6 +42,11 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
 _SWITCHES: Final = frozenset({"enforce-eager", "no-enforce-eager"})
 _OURS: Final = {"model": "MODEL", "host": "--host", "port": "--port", "api-key": "--api-key"}
 _NAMES: Final = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
+#: What stands for a flag that is mgpu's own to give, shortened as argparse takes it.
+_OWN_PREFIXES: Final = {
+    f"--{name[:length]}": name for name in ("host", "port", "api-key") for length in range(1, len(name))
+}
+_LEAST_OWN: Final = len("--ho")  # shorter ones are other flags' beginnings, too: argparse refuses them
 _LEAST_PREFIX: Final = len("--max-m")  # shorter beginnings of a flag are no abbreviation anyone means
 
 #: `1k` is 1000 and `1K` is 1024 (vLLM 0.32.0 utils/argparse_utils.py).
@@ -114,6 +119,8 @@ def _name(flag: str) -> str | None:
     flag = flag.replace("_", "-")
     if flag in _NAMES:
         return _NAMES[flag]
+    if len(flag) >= _LEAST_OWN and flag in _OWN_PREFIXES:
+        return _OWN_PREFIXES[flag]
     if len(flag) < _LEAST_PREFIX:
         return None
     meant = {name for spelling, name in _NAMES.items() if spelling.startswith(flag)}

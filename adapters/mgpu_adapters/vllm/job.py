@@ -21,6 +21,7 @@ from mgpu_adapters.vllm.cpu import build_cpu_command, host_bytes, is_cpu_build, 
 from mgpu_adapters.vllm.flags import Given, read_flags
 from mgpu_adapters.vllm.memory import Footprint
 from mgpu_adapters.vllm.partition import proportional, to_units
+from mgpu_adapters.vllm.serving import half_open
 from mgpu_adapters.vllm.settings import Settings, kv_cache_dtype, settle
 from mgpu_adapters.vllm.work import work_of
 
@@ -85,7 +86,8 @@ class VllmJob:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(_warnings(self.given, self.need, on_cpu=self.computes_on_cpu))
+        warnings = _warnings(self.given, self.need, on_cpu=self.computes_on_cpu)
+        return (*warnings, *half_open(self._request))
 
     def counts(self, tensor_split: tuple[float, ...], host_layers: int) -> tuple[int, ...]:
         """Proportions as whole layers. `host_layers` is 0: nothing can be left to the CPU."""

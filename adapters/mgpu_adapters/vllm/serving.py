@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 from mgpu.adapter import Endpoint, Installed
+from mgpu.request import Request
 from mgpu_adapters.vllm.flags import Given
 
 #: The newest version these modules know.
@@ -32,9 +33,22 @@ def addresses(endpoint: Endpoint) -> tuple[str, str]:
     return f"{base}/health", f"{base}/v1"
 
 
+def metrics_of(base: str) -> str:
+    """Where it tells how much it serves: beside the API, and open to whoever can reach it, with a key or without."""
+    return f"{base.removesuffix('/v1')}/metrics"
+
+
 def secret(endpoint: Endpoint) -> dict[str, str]:
     """The key as a variable: in argv every user of the machine could read it."""
     return {} if endpoint.api_key is None else {"VLLM_API_KEY": endpoint.api_key}
+
+
+def half_open(request: Request) -> tuple[str, ...]:
+    """What a key does not guard (vLLM 0.32.0 entrypoints/openai/server_utils.py: /v1, /v2 and /inference alone)."""
+    if not request.exposed or request.no_auth:
+        return ()
+    reach = f"whoever reaches {request.host} can still generate by /invocations, and read /metrics"
+    return (f"vLLM asks for the key below /v1 alone: {reach}; put a proxy in front that passes /v1 alone",)
 
 
 def fingerprint_of(n_ranks: int, n_stages: int, given: Given) -> str:

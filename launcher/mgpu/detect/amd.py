@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -59,7 +59,7 @@ def probe_amd(cards: tuple[DrmCard, ...], first: int, *, held: Callable[[], Held
     findings: list[Finding] = []
     indices: dict[int, int] = {}  # KFD's number -> ours
     for card in cards:
-        memory = _memory(card) if card.vendor == AMD else None
+        memory = _memory(card.device) if card.vendor == AMD else None
         if memory is None:
             findings += [_no_memory(card, root)] if card.vendor == AMD else []
             continue
@@ -77,16 +77,44 @@ def probe_amd(cards: tuple[DrmCard, ...], first: int, *, held: Callable[[], Held
     return SysfsProbe(gpus=tuple(gpus), links=links, findings=tuple(findings))
 
 
+class AmdNow(Struct, frozen=True, kw_only=True):
+    """What is in use of a GPU's own memory, or where it has none, of what it may borrow; and of RAM beside it."""
+
+    used_bytes: int
+    free_bytes: int
+    gtt_used_bytes: int
+    by_pid: Mapping[int, int]
+
+
+def memory_now(gpu: Gpu, *, held: Callable[[], Held], root: Path) -> AmdNow | None:
+    """Of a GPU that a rig has; None where it is not there, or its driver does not tell."""
+    device = root / "sys/bus/pci/devices" / (gpu.pci_bus_id or "none")
+    memory = _memory(device)
+    if memory is None:
+        return None
+    total, free = _borrowed(memory, root) if gpu.unified else (memory.vram, memory.vram - memory.vram_used)
+    by_pid: dict[int, int] = {}
+    if memory.vram_used + memory.gtt_used > _NOBODY:
+        names = list_names(device / "drm")
+        node = next((node for node in kfd_nodes(root) if node.render in names), None)
+        by_pid = _sizes(device.name, node, held(), root)
+    return AmdNow(used_bytes=total - free, free_bytes=max(free, 0), gtt_used_bytes=memory.gtt_used, by_pid=by_pid)
+
+
 def _link(a: int, b: int, kind: LinkKind) -> Link:
     return Link(gpus=(min(a, b), max(a, b)), kind=kind, n_links=1 if kind == "nvlink" else 0)
 
 
 def _holders(card: DrmCard, node: KfdNode | None, held: Held, root: Path) -> tuple[str, ...]:
+    return name_holders(_sizes(card.address, node, held, root), root)
+
+
+def _sizes(address: str, node: KfdNode | None, held: Held, root: Path) -> dict[int, int]:
     """ROCm's processes of all users, and this user's others: one process may be told by both, of the same memory."""
-    sizes = dict(held.get(card.address, {}))
+    sizes = dict(held.get(address, {}))
     for pid, size in kfd_holders(node, root) if node else ():
         sizes[pid] = max(sizes.get(pid, 0), size)
-    return name_holders(sizes, root)
+    return sizes
 
 
 def _read(index: int, card: DrmCard, node: KfdNode | None, memory: _Memory, root: Path) -> Gpu:
@@ -119,15 +147,15 @@ def _read(index: int, card: DrmCard, node: KfdNode | None, memory: _Memory, root
     )
 
 
-def _memory(card: DrmCard) -> _Memory | None:
-    vram = read_number(card.device / "mem_info_vram_total")
+def _memory(device: Path) -> _Memory | None:
+    vram = read_number(device / "mem_info_vram_total")
     if not vram:
         return None
     return _Memory(
         vram=vram,
-        vram_used=read_number(card.device / "mem_info_vram_used") or 0,
-        gtt=read_number(card.device / "mem_info_gtt_total") or 0,
-        gtt_used=read_number(card.device / "mem_info_gtt_used") or 0,
+        vram_used=read_number(device / "mem_info_vram_used") or 0,
+        gtt=read_number(device / "mem_info_gtt_total") or 0,
+        gtt_used=read_number(device / "mem_info_gtt_used") or 0,
     )
 
 

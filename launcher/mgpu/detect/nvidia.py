@@ -84,6 +84,28 @@ def probe_nvidia(root: Path = ROOT) -> NvidiaProbe:
         return NvidiaProbe(state=_state(error.code), findings=(*findings, error.finding("NVIDIA")))
 
 
+def open_nvml() -> Nvml | None:
+    """NVML, to be opened by `with`, for what is no part of a rig; None where the binding cannot be imported."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # as above
+            import pynvml
+    except ImportError:
+        return None
+    return Nvml(pynvml)
+
+
+def memory_now(nvml: Nvml, gpu: Gpu, root: Path) -> tuple[int, int, dict[int, int]]:
+    """(used, free, bytes by pid) of a card or instance that a rig has. Raises `NoAnswerError` where it is not there."""
+    if gpu.uuid:
+        handle = nvml.call("DeviceGetHandleByUUID", gpu.uuid)
+    elif gpu.pci_bus_id:
+        handle = nvml.call("DeviceGetHandleByPciBusId", gpu.pci_bus_id)
+    else:
+        handle = nvml.call("DeviceGetHandleByIndex", gpu.index)
+    total, free, _ = _memory(nvml, handle, root)
+    return total - free, free, _held(nvml, handle)
+
+
 def _survey(nvml: Nvml, findings: tuple[Finding, ...], root: Path) -> NvidiaProbe:
     """Every card that can be read. Raises `NoAnswerError` only if the driver does not say how many there are."""
     count = nvml.call("DeviceGetCount")
@@ -215,7 +237,13 @@ def _compute_capability(nvml: Nvml, handle: Any, spec: GpuSpec | None) -> str | 
 
 
 def _processes(nvml: Nvml, handle: Any) -> Iterator[str]:
-    """Who holds memory, most first. Windows and WSL give no sizes: nobody is named there."""
+    """Who holds memory, most first."""
+    for pid, size in sorted(_held(nvml, handle).items(), key=lambda item: -item[1]):
+        yield f"{pid} {process_name(pid) or '?'} ({gib(size)})"
+
+
+def _held(nvml: Nvml, handle: Any) -> dict[int, int]:
+    """Bytes by pid. Windows and WSL give no sizes: nobody is there."""
     held: dict[int, int] = {}
     for kind in ("Compute", "Graphics"):
         listed = nvml.ask(f"DeviceGet{kind}RunningProcesses", handle)
@@ -223,9 +251,7 @@ def _processes(nvml: Nvml, handle: Any) -> Iterator[str]:
             listed = nvml.ask(f"DeviceGet{kind}RunningProcesses_v2", handle)
         for process in listed or ():
             held[process.pid] = max(held.get(process.pid, 0), process.usedGpuMemory or 0)
-    for pid, size in sorted(held.items(), key=lambda item: -item[1]):
-        if size:
-            yield f"{pid} {process_name(pid) or '?'} ({gib(size)})"
+    return {pid: size for pid, size in held.items() if size}
 
 
 def _mig_handles(nvml: Nvml, handle: Any) -> tuple[Any, ...] | None:

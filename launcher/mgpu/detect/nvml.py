@@ -15,10 +15,15 @@ from mgpu.rig import Finding
 # Return codes of nvml.h.
 INVALID_ARGUMENT: Final = 2
 NOT_SUPPORTED: Final = 3
+NOT_FOUND: Final = 6
 DRIVER_NOT_LOADED: Final = 9
 LIBRARY_NOT_FOUND: Final = 12
 FUNCTION_NOT_FOUND: Final = 13
+GPU_IS_LOST: Final = 15
+RESET_REQUIRED: Final = 16
 LIB_RM_VERSION_MISMATCH: Final = 18
+GPU_NOT_FOUND: Final = 28
+UNKNOWN: Final = 999
 
 # Other constants of nvml.h: bindings of some versions lack or misspell them.
 MEMORY_V2: Final = 0x02000028
@@ -31,8 +36,11 @@ P2P_STATUS_OK: Final = 0
 
 WSL_LIBRARY: Final = "/usr/lib/wsl/lib/libnvidia-ml.so.1"
 
+_GONE: Final = "reboot; if it happens again, check the riser and the power supply"
+
 _REASONS: Final = {
     4: ("no permission to use it", "check the owner of /dev/nvidia*; SELinux: setsebool -P container_use_devices on"),
+    NOT_FOUND: ("the driver knows it no longer", _GONE),
     8: ("its power cable is not connected", "connect the auxiliary power, then reboot"),
     DRIVER_NOT_LOADED: (
         "the driver is installed, but its kernel module is not loaded",
@@ -42,13 +50,14 @@ _REASONS: Final = {
         "no driver found (libnvidia-ml.so.1)",
         "install the driver if there is an NVIDIA card; start a container with --gpus all",
     ),
-    15: ("it has fallen off the bus", "reboot; if it happens again, check the riser and the power supply"),
-    16: ("it must be reset", "sudo nvidia-smi --gpu-reset, or reboot"),
+    GPU_IS_LOST: ("it has fallen off the bus", _GONE),
+    RESET_REQUIRED: ("it must be reset", "sudo nvidia-smi --gpu-reset, or reboot"),
     LIB_RM_VERSION_MISMATCH: (
         "driver and library versions differ",
         "reboot or reload the nvidia module; in a container, restart it",
     ),
-    999: (
+    GPU_NOT_FOUND: ("the driver knows it no longer", _GONE),
+    UNKNOWN: (
         "the driver says Unknown Error",
         "run nvidia-smi; a container that lost its devices (systemctl daemon-reload) must be restarted",
     ),

@@ -7,9 +7,15 @@ Semantics of the CUDA C++ Programming Guide, "CUDA Environment Variables", and o
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
+from typing import Final
 
+from mgpu.errors import one_line
 from mgpu.rig import Finding, Gpu
+
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
+_SHOWN: Final = 120  # characters of a variable's value
 
 
 def apply_cuda_visible(
@@ -44,10 +50,10 @@ def apply_rocm_visible(
     left, settings = gpus, []
     if (value := environ.get("ROCR_VISIBLE_DEVICES")) is not None:
         left = _listed(value, left)
-        settings.append(f"ROCR_VISIBLE_DEVICES={value}")
+        settings.append(f"ROCR_VISIBLE_DEVICES={one_line(value, _SHOWN)}")
     if value := environ.get("HIP_VISIBLE_DEVICES"):
         left = _listed(value, left)
-        settings.append(f"HIP_VISIBLE_DEVICES={value}")
+        settings.append(f"HIP_VISIBLE_DEVICES={one_line(value, _SHOWN)}")
     if len(left) == len(gpus):
         return gpus, ()
     names = ", ".join(f"GPU {gpu.index}" for gpu in sorted(left, key=lambda gpu: gpu.index)) or "none"
@@ -63,7 +69,7 @@ def _listed(value: str, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
 
 
 def _find(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
-    if entry.isdecimal():
+    if _NUMBER.fullmatch(entry):
         return gpus[int(entry)] if int(entry) < len(gpus) else None
     if not entry.startswith(("GPU-", "MIG-")):
         return None
@@ -74,7 +80,7 @@ def _find(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
 def _findings(
     value: str, ended_by: str | None, gpus: tuple[Gpu, ...], visible: tuple[Gpu, ...], device_order: str | None
 ) -> list[Finding]:
-    setting = f"CUDA_VISIBLE_DEVICES={value}"
+    setting = f"CUDA_VISIBLE_DEVICES={one_line(value, _SHOWN)}"
     findings: list[Finding] = []
     if len(visible) < len(gpus):
         left = ", ".join(f"GPU {gpu.index}" for gpu in visible) or "none"
@@ -87,7 +93,7 @@ def _findings(
     if ended_by not in {None, "", "-1"}:
         findings.append(
             Finding(
-                text=f"{setting}: {ended_by!r} names no single GPU here, so CUDA ignores it and what follows",
+                text=f"{setting}: {one_line(repr(ended_by), _SHOWN)} names no single GPU here, so CUDA ignores it and what follows",
                 hint="name cards by number or by UUID (nvidia-smi -L)",
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from mmap import mmap
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -67,7 +67,9 @@ _TENSOR_TAILS: Final = tuple(struct.Struct(f"<{n}QiQ") for n in range(_MAX_DIMS 
 _LEAST_KEY: Final = 8 + 1 + 4 + 1  # length, one letter, type, one byte
 _LEAST_TENSOR: Final = 8 + 4 + 4 + 8  # length, number of dimensions, type, offset
 
-Buffer = bytes | bytearray | mmap
+Buffer = bytes | bytearray
+#: The file's bytes from here to there, or more of them.
+Read = Callable[[int, int], bytes]
 
 
 class NeedMore(Exception):  # noqa: N818 - not an error: the caller fetches more of the file and asks again
@@ -102,12 +104,13 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     data_offset: int
 
 
-def parse_header(buffer: Buffer, *, n_bytes_total: int, origin: str) -> Header:
+def parse_header(buffer: Buffer, *, n_bytes_total: int, origin: str, read: Read | None = None) -> Header:
     """The header at the start of `buffer`, which holds the first bytes of a file of `n_bytes_total`.
 
-    `origin` names the file in messages. Raises `BadModelError`, and `NeedMore` if `buffer` is too short a part of it.
+    `origin` names the file in messages. `read` lengthens `buffer` (a bytearray) where it is too short a part of the
+    file. Raises `BadModelError`, and `NeedMore` in the absence of `read`.
     """
-    cursor = _Cursor(buffer, n_bytes_total, shown(origin))
+    cursor = _Cursor(buffer, n_bytes_total, shown(origin), read)
     version, n_tensors, n_keys = _read_preamble(cursor)
     metadata = _read_metadata(cursor, n_keys)
     alignment = _alignment(cursor, metadata)
@@ -128,13 +131,14 @@ def parse_header(buffer: Buffer, *, n_bytes_total: int, origin: str) -> Header:
 class _Cursor:
     """A position in the header. What is read is first compared with what is there."""
 
-    __slots__ = ("at", "buffer", "end", "kept", "origin", "size")
+    __slots__ = ("at", "buffer", "end", "kept", "origin", "read", "size")
 
-    def __init__(self, buffer: Buffer, size: int, origin: str) -> None:
+    def __init__(self, buffer: Buffer, size: int, origin: str, read: Read | None) -> None:
         self.buffer = buffer
         self.end = len(buffer)
         self.size = size
         self.origin = origin
+        self.read = read
         self.at = 0
         self.kept = 0  # elements of numeric arrays
 
@@ -142,7 +146,7 @@ class _Cursor:
         return BadModelError(f"{self.origin}: {what}", hint=hint)
 
     def reach(self, end: int, what: str) -> None:
-        """Raise unless the buffer goes on to `end`."""
+        """Raise unless the buffer goes on to `end`, or can be made to."""
         if end <= self.end:
             return
         what = shown(what)
@@ -150,7 +154,10 @@ class _Cursor:
             raise self.bad(f"the header is cut short: {what} would end at byte {end}, the file ends at {self.size}")
         if end > MAX_HEADER_BYTES:
             raise self.bad(f"the header is longer than {MAX_HEADER_BYTES // MIB} MiB ({what} ends at byte {end})")
-        raise NeedMore(end)
+        if self.read is None:
+            raise NeedMore(end)
+        self.buffer += self.read(self.end, end)
+        self.end = len(self.buffer)
 
     def take(self, layout: struct.Struct, what: str) -> tuple[int, ...]:
         start, end = self.at, self.at + layout.size

@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from mgpu.errors import BadModelError
+from mgpu.errors import UNREADABLE, BadModelError
 from mgpu.inspect.foreign import listed_names, shown
 from mgpu.inspect.hf_config import read_bounded, read_object
 from mgpu.inspect.safetensors import MAX_HEADER_BYTES, TensorInfo, read_header
@@ -128,7 +128,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
         raise BadModelError(f"{origin} names more than {MAX_TENSORS} tensors", hint=_AGAIN)
     try:
         weight_map = msgspec.json.decode(raw, type=_Index).weight_map
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         what = "has no sound weight_map, an object of tensors and their files"
         raise BadModelError(f"{origin} {what}: {shown(str(error))}", hint=_AGAIN) from None
     for name in sorted(set(weight_map.values())):

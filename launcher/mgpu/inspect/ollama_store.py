@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from mgpu.errors import BadModelError
+from mgpu.errors import UNREADABLE, BadModelError
 from mgpu.inspect.foreign import shown
 
 _HOST: Final = "registry.ollama.ai"
@@ -113,7 +113,7 @@ def _read(name: str, manifest: Path) -> _Manifest:
     try:
         with manifest.open("rb") as file:
             return msgspec.json.decode(file.read(_MAX_MANIFEST), type=_Manifest)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise BadModelError(
             f"the manifest of {shown(name)} is damaged: {shown(str(manifest))}",
             hint=f"fetch it again: ollama pull {name}",
@@ -123,15 +123,18 @@ def _read(name: str, manifest: Path) -> _Manifest:
 
 
 def _manifest_of(root: Path, parts: tuple[str, ...]) -> Path | None:
-    """The file at `parts` below `root`; names are the same in upper and lower case."""
+    """The file at `parts` below `root`; names are the same in upper and lower case. None where we may not look."""
     here = root
-    for part in parts:
-        if not (here / part).exists():
-            part = next((entry.name for entry in _entries(here) if entry.name.lower() == part.lower()), "")  # noqa: PLW2901 - the part as it is spelt on disk
-            if not part:
-                return None
-        here /= part
-    return here if here.is_file() else None
+    try:
+        for part in parts:
+            if not (here / part).exists():
+                part = next((entry.name for entry in _entries(here) if entry.name.lower() == part.lower()), "")  # noqa: PLW2901 - the part as it is spelt on disk
+                if not part:
+                    return None
+            here /= part
+        return here if here.is_file() else None
+    except OSError:  # a store of the service's own user
+        return None
 
 
 def _manifests(directory: Path) -> Iterator[Path]:

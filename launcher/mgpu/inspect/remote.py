@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -22,8 +24,11 @@ _MAX_REDIRECTS: Final = 5
 _TIMEOUTS: Final = (10, 30)  # s: to connect, between two pieces
 #: Seconds for the whole header: a server that sends a byte now and then must not hold us for ever.
 DEADLINE: Final = 180
+_GRACE: Final = 1.0  # more, for whoever looks at the clock to say how far it came
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19})")
 _BLOB: Final = re.compile(r"(https?://(?:www\.)?(?:huggingface\.co|hf\.co)/[^?]+)/blob/(.*)", re.DOTALL)
+_Fetched = tuple[Header, ModelFile]
+
 _HINTS: Final = {
     401: "the file needs a login or a token (a gated model?): download it with `hf download`, then give its path",
     403: "access is denied (a gated model, or an expired link?): download it with `hf download`, then give its path",
@@ -44,15 +49,50 @@ def read_header(url: str) -> tuple[Header, ModelFile]:
             f"{origin} is the page about the file, not the file",
             hint=f"use /resolve/ instead of /blob/: {shown(f'{blob[1]}/resolve/{blob[2]}')}",
         )
+    return _in_time(lambda: _fetch(url, path), origin)
+
+
+def _in_time(fetch: Callable[[], _Fetched], origin: str) -> _Fetched:
+    """What `fetch` returns or raises. It works in a thread, which is left behind when its time is over.
+
+    urllib3's time-outs are for one `recv`: who sends a byte of a status line now and then, or `100 Continue` for ever,
+    would hold us between two looks at the clock.
+    """
+    done: list[_Fetched | Exception] = []
+
+    def work() -> None:
+        try:
+            done.append(fetch())
+        except Exception as error:  # noqa: BLE001 - raised again by whoever waits
+            done.append(error)
+
+    worker = threading.Thread(target=work, name="header", daemon=True)
+    worker.start()
+    worker.join(DEADLINE + _GRACE)
+    if not done:
+        raise _too_slow(origin, "no end of it")
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
+
+
+def _fetch(url: str, path: str) -> _Fetched:
+    origin = shown(path)
     with requests.Session() as session:
         session.max_redirects = _MAX_REDIRECTS
         body = _Body(session, url, origin)
         try:
             return _read(body), ModelFile(path=path, n_bytes=body.size)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise _unreachable(origin, error) from error
         finally:
             body.close()
+
+
+def _too_slow(origin: str, came: str) -> BadModelError:
+    return BadModelError(
+        f"{origin}: too slow: {came} of the header in {DEADLINE} s", hint="download the file, then give its path"
+    )
 
 
 def _read(body: _Body) -> Header:
@@ -119,10 +159,7 @@ class _Body:
         n_bytes = self._total(response, start)
         while len(self.buffer) < (wanted if n_bytes is None else min(wanted, n_bytes)):
             if time.monotonic() > self._deadline:
-                raise BadModelError(
-                    f"{self.origin}: too slow: {len(self.buffer)} bytes of the header in {DEADLINE} s",
-                    hint="download the file, then give its path",
-                )
+                raise _too_slow(self.origin, f"{len(self.buffer)} bytes")
             chunk = read(min(_CHUNK, wanted - len(self.buffer)))
             if not chunk:
                 break
@@ -180,6 +217,8 @@ def _unreachable(origin: str, error: Exception) -> BadModelError:
         what = "it redirects to something that is not http or https"
     elif isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError)):
         what = "this is not a URL"
+    elif not isinstance(error, (OSError, urllib3.exceptions.HTTPError)):  # urllib.parse's ValueError
+        what = "it redirects to an address that is none"
     elif isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         what = f"no answer within {_TIMEOUTS[1]} s"
     elif isinstance(error, requests.exceptions.SSLError):

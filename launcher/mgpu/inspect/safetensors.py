@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from mgpu.errors import BadModelError
+from mgpu.errors import UNREADABLE, BadModelError
 from mgpu.inspect.foreign import shown
 from mgpu.inspect.gguf import DAMAGED
 
@@ -163,7 +163,7 @@ def _entries(raw: bytes, origin: str) -> list[tuple[str, msgspec.Raw]]:
         _TEXTS.decode(entries.pop("__metadata__", b"null"))
     except msgspec.ValidationError as error:
         raise _bad(origin, f"the header is not an object of objects: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _bad(origin, f"the header is not JSON: {shown(str(error))}") from None
     if len(entries) > MAX_TENSORS:
         raise _bad(origin, f"the header lists {len(entries)} tensors, more than {MAX_TENSORS}")
@@ -195,7 +195,7 @@ def _tensor(name: str, raw: msgspec.Raw, origin: str) -> TensorInfo:
         raise _bad(origin, f"{what} has an entry of {len(memoryview(raw))} bytes")
     try:
         entry = _ENTRY.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _bad(origin, f"{what} has a wrong entry: {shown(str(error))}") from None
     bits = DTYPE_BITS.get(entry.dtype)
     if bits is None:

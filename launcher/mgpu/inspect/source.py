@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from msgspec.structs import replace
 
 from mgpu.errors import BadModelError
 from mgpu.inspect.foreign import check_magic, listed_names, shown
-from mgpu.inspect.gguf import DAMAGED, MAX_HEADER_BYTES, Header, parse_header
+from mgpu.inspect.gguf import DAMAGED, Header, parse_header
 from mgpu.inspect.gguf_model import build_model
 from mgpu.model import Model, ModelFile
 
+_PIECE: Final = 256 << 10  # bytes of a header that are read at a time
 _GGUF: Final = ".gguf"
 _SAFETENSORS: Final = ".safetensors"
 #: What tells that a directory is meant to be a model in Hugging Face's format, whole or not.
@@ -135,13 +135,26 @@ def _read_file(path: str) -> tuple[Header, ModelFile]:
             raise BadModelError(f"{shown(path)} is not a regular file", hint="give the path of a .gguf file")
         with Path(path).open("rb") as file:
             n_bytes = file.seek(0, 2)
-            if n_bytes == 0:
-                check_magic(b"", path)  # raises; and nothing can be mapped
-            with mmap(file.fileno(), min(n_bytes, MAX_HEADER_BYTES), access=ACCESS_READ) as buffer:
-                header = parse_header(buffer, n_bytes_total=n_bytes, origin=path)
+            header = _read_header(file, n_bytes, path)
     except OSError as error:
         raise _unreadable(path, error) from error
     return header, ModelFile(path=path, n_bytes=n_bytes)
+
+
+def _read_header(file: BinaryIO, n_bytes: int, path: str) -> Header:
+    """Read, not mapped: of a map, a file that is cut off meanwhile (a download begun anew) would leave a SIGBUS."""
+
+    def read(at: int, end: int) -> bytes:
+        file.seek(at)
+        more = file.read(max(end - at, _PIECE))
+        if at + len(more) < min(end, n_bytes):
+            raise BadModelError(
+                f"{shown(path)} became shorter while it was read: {at + len(more)} of {n_bytes} bytes are left",
+                hint="wait until its download is over",
+            )
+        return more
+
+    return parse_header(bytearray(read(0, 0)), n_bytes_total=n_bytes, origin=path, read=read)
 
 
 def _find(argument: str) -> tuple[Path, str | None]:

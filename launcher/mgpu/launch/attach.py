@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
-from mgpu.errors import InterruptedLaunchError, MgpuError, RuntimeFailedError
+from mgpu.errors import InterruptedLaunchError, MgpuError, OutOfMemoryError, RuntimeFailedError
 from mgpu.launch.ask import discard, write_text
 from mgpu.launch.background import Background
 from mgpu.launch.digests import Stopped, sha256
@@ -35,19 +35,19 @@ _ANSWER_S: Final = 600.0  # between two pieces of an answer
 _ANSWER_TOKENS: Final = 4096  # as `mgpu.launch.client`
 
 
-def attach(attachment: Attachment, *, prompt: str | None) -> None:
-    """`use` in the foreground of the main thread, with the signals and streams of the process.
+def attach(
+    attachment: Attachment,
+    *,
+    prompt: str | None,
+    stop: StopSignals,
+    on_ready: Callable[[float], None],
+    tend: Callable[[], float | None],
+) -> None:
+    """`use` in the foreground of the main thread, with the streams of the process.
 
     Returns only after a `prompt` was answered; raises as `use` does.
     """
-
-    def on_ready(seconds: float) -> None:
-        say(sys.stderr, f"  ready after {seconds:.1f} s: {attachment.endpoint}   model {attachment.model_name}")
-        if prompt is None:
-            say(sys.stderr, "  Ctrl-C gives it back")
-
-    with StopSignals() as stop:
-        use(attachment, stop=stop, out=sys.stdout, err=sys.stderr, prompt=prompt, on_ready=on_ready)
+    use(attachment, stop=stop, out=sys.stdout, err=sys.stderr, prompt=prompt, on_ready=on_ready, tend=tend)
 
 
 def use(  # noqa: PLR0913 - all by keyword, from one call in two places
@@ -59,10 +59,12 @@ def use(  # noqa: PLR0913 - all by keyword, from one call in two places
     prompt: str | None = None,
     on_ready: Callable[[float], None] = lambda _: None,
     watch: Watch | None = None,
+    tend: Callable[[], float | None] = lambda: None,
 ) -> None:
     """Begin, then answer `prompt` or stay, then end. `on_ready` is told after how many seconds it answered.
 
-    `watch`: the process behind the service, where mgpu has started it; its death ends everything.
+    `watch`: the process behind the service, where mgpu has started it; its death ends everything. `tend` is called
+    between two looks at the service.
     Returns after a `prompt` was answered. Raises `InterruptedLaunchError` on a stop signal, what a talk raises, and
     `RuntimeFailedError` when `Attachment.check` has failed twice, or the process has died.
     """
@@ -72,7 +74,7 @@ def use(  # noqa: PLR0913 - all by keyword, from one call in two places
         session.run(attachment.begin())
         on_ready(time.monotonic() - started)
         if prompt is None:
-            session.stay()
+            session.stay(tend)
         else:
             session.answer(prompt)
     except InterruptedLaunchError:
@@ -119,9 +121,10 @@ class _Session:
         except BrokenPipeError:
             discard(self._out)
 
-    def stay(self) -> NoReturn:
+    def stay(self, tend: Callable[[], float | None]) -> NoReturn:
         """Until it is gone, or we are asked to stop: both end in an exception."""
         while True:
+            tend()
             self._pause(CHECK_S)
             try:
                 self.run(self._attachment.check())
@@ -178,11 +181,13 @@ class _Session:
         """Of a process that is ours, the last words."""
         if self._watch is None or error.log_tail:
             return error
-        return RuntimeFailedError(
-            error.message,
-            hint=error.hint or f"the whole log: {self._watch.child.log_path}",
-            log_tail=self._watch.failure("").log_tail,
-        )
+        hint = error.hint or f"the whole log: {self._watch.child.log_path}"
+        tail = self._watch.failure("").log_tail
+        if isinstance(error, OutOfMemoryError):
+            return OutOfMemoryError(
+                error.message, hint=hint, log_tail=tail, devices=error.devices, wanted_bytes=error.wanted_bytes
+            )
+        return RuntimeFailedError(error.message, hint=hint, log_tail=tail)
 
 
 class _Turn:

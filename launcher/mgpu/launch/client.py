@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
@@ -21,12 +21,17 @@ import msgspec
 from msgspec import Struct
 
 from mgpu.adapter import Command
-from mgpu.errors import RuntimeFailedError
+from mgpu.errors import UNREADABLE, RuntimeFailedError
 from mgpu.launch.stream import LostError, Piece, error_message, read_pieces
+from mgpu.launch.wire import Answering, TooMuchError, read_lines, read_whole, receive
 
 _HEALTH_TIMEOUT_S: Final = 5.0  # a request that hangs is asked again
 _TOKEN_TIMEOUT_S: Final = 600.0  # a first batch may compile kernels or page a model in
 _OK: Final = 200
+
+#: Bytes of an answer, and of one event of a stream: a token takes some hundred.
+MAX_BODY: Final = 8 << 20
+MAX_LINE: Final = 4 << 20
 
 #: Bounds on `--prompt`: a model may repeat itself for ever, and one without a chat template has no reason to stop.
 _ANSWER_TOKENS: Final = 4096
@@ -94,7 +99,7 @@ class Client:
         except (OSError, HTTPException):
             return False
 
-    def generate_one(self) -> bool:
+    def generate_one(self, *, timeout_s: float = _TOKEN_TIMEOUT_S) -> bool:
         """Ask for one token. False when the server says that it cannot be asked; raises when none comes."""
         if not self._has_model:
             return False
@@ -102,9 +107,9 @@ class Client:
         openai = {"prompt": "Hello", "max_tokens": 1}
         try:
             for url, body in ((self._completion_url, own), (self._open_url, openai)):
-                with self._request("POST", url, body, _TOKEN_TIMEOUT_S) as response:
+                with self._request("POST", url, body, timeout_s) as response:
                     if response.status not in _CANNOT_ASK:
-                        _check_token(response.status, response.read(), self._fingerprint)
+                        _check_token(response.status, read_whole(response, MAX_BODY), self._fingerprint)
                         return True
                     if response.status != _NOT_FOUND:
                         return False
@@ -123,18 +128,19 @@ class Client:
             for url, body in ways[0 if self._chat else 1 :]:
                 with self._request("POST", url, body, _TOKEN_TIMEOUT_S) as response:
                     if response.status == _OK:
-                        yield from read_pieces(_lines(response))
+                        response.unhurry()
+                        yield from read_pieces(read_lines(response, MAX_LINE))
                         return
                     if response.status in _LOST_BEHIND:
                         raise LostError(f"lost the question (HTTP {response.status})")
                     if response.status != _NOT_FOUND or not refusal:
-                        refusal = f"HTTP {response.status}: {error_message(response.read())}"
+                        refusal = f"HTTP {response.status}: {error_message(read_whole(response, MAX_BODY))}"
         except (OSError, HTTPException) as error:
             raise _lost(error, "the answer") from error
         raise RuntimeFailedError(f"refused the question with {refusal}")
 
     @contextmanager
-    def _request(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> Iterator[HTTPResponse]:
+    def _request(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> Iterator[Answering]:
         """The head of the answer; its connection is closed at the end. Raises OSError or HTTPException."""
         parts = urlsplit(url)
         data = None if body is None else json.dumps(body).encode()
@@ -145,17 +151,8 @@ class Client:
             if self.aborted.is_set():
                 raise ConnectionAbortedError
             connection.request(method, parts.path or "/", data, headers)
-            with connection.getresponse() as response:
+            with receive(connection, timeout_s) as response:
                 yield response
-
-
-def _lines(response: HTTPResponse) -> Iterator[bytes]:
-    """Lines as they come. `readline` takes a broken connection for a regular end (CPython 3.11: http.client, peek)."""
-    partial = b""
-    while piece := response.read1(1 << 16):
-        *lines, partial = (partial + piece).split(b"\n")
-        yield from lines
-    yield partial
 
 
 def _pause(elapsed_s: float) -> float:
@@ -182,7 +179,7 @@ def _check_token(status: int, body: bytes, fingerprint: str) -> None:
         raise RuntimeFailedError(f"answered the first request with HTTP {status}: {error_message(body)}")
     try:
         completion = msgspec.json.decode(body, type=_Completion)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RuntimeFailedError(f"answered the first request with something else than JSON: {body[:80]!r}") from error
     counted = completion.tokens_predicted or (completion.usage is not None and completion.usage.completion_tokens)
     if not (completion.content or counted):
@@ -195,4 +192,6 @@ def _check_token(status: int, body: bytes, fingerprint: str) -> None:
 def _lost(error: OSError | HTTPException, what: str) -> RuntimeFailedError:
     if isinstance(error, TimeoutError):
         return RuntimeFailedError(f"sent nothing of {what} for {_TOKEN_TIMEOUT_S:.0f} s")
+    if isinstance(error, TooMuchError):
+        return RuntimeFailedError(f"{error} in place of {what}")
     return LostError(f"broke off {what}")

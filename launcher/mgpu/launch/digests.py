@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +10,12 @@ from typing import Final
 
 import msgspec
 
+from mgpu.errors import UNREADABLE
+from mgpu.launch.private import read_own, write_whole
+
 _BLOCK: Final = 4 << 20
 _KEPT: Final = 256  # files remembered
+_MOST_BYTES: Final = 4 << 20  # of these, paths of 4 KiB included
 
 
 class Stopped(Exception):  # noqa: N818 - no error: somebody wanted it to stop
@@ -49,17 +52,11 @@ def _default_cache() -> Path:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(read_own(path, at_most=_MOST_BYTES) or b"{}", type=dict[str, str])
+    except (OSError, *UNREADABLE):
         return {}  # absent or damaged: reckoned again
 
 
 def _write(path: Path, digests: dict[str, str]) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(msgspec.json.encode(dict(list(digests.items())[-_KEPT:])))
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink()  # no cache is no error
+    with suppress(OSError):  # no cache is no error
+        write_whole(path, msgspec.json.encode(dict(list(digests.items())[-_KEPT:])))

@@ -15,13 +15,14 @@ from msgspec import Struct
 from mgpu.adapter import Adapter, Command, Endpoint
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
 from mgpu.launch.ask import print_answer
-from mgpu.launch.ports import FIRST_PORT, LOOPBACK, Ports, choose_ports, held, is_free
+from mgpu.launch.care import Care
+from mgpu.launch.ports import FIRST_PORT, LOOPBACK, Ports, held, is_free
 from mgpu.launch.process import Child
 from mgpu.launch.progress import JointLine, say
 from mgpu.launch.proxy import Proxy, ProxyLog, private_directory, proxy_command
-from mgpu.launch.ready import first_dead, wait_all_ready, wait_ready
+from mgpu.launch.ready import Loading, first_dead, wait_all_ready, wait_ready
 from mgpu.launch.serve import Ready, write_files
-from mgpu.launch.signals import StopSignals
+from mgpu.launch.signals import StopSignals, entered
 from mgpu.launch.watch import Watch
 
 _PORT_TRIES: Final = 3
@@ -53,6 +54,7 @@ class Fleet(Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     expected_bytes: int = 0
     prompt: str | None = None
+    care: Care = Care()
 
 
 class FleetReady(Struct, frozen=True, kw_only=True):
@@ -70,7 +72,12 @@ class _PortTakenError(Exception):
 
 
 def serve_fleet(
-    fleet: Fleet, *, on_ready: Callable[[FleetReady], None], out: TextIO | None = None, err: TextIO | None = None
+    fleet: Fleet,
+    *,
+    on_ready: Callable[[FleetReady], None],
+    stop: StopSignals | None = None,
+    out: TextIO | None = None,
+    err: TextIO | None = None,
 ) -> int:
     """Run `fleet` in the foreground of the main thread; whatever happens, nothing of it runs afterwards.
 
@@ -78,16 +85,15 @@ def serve_fleet(
     """
     out, err = out or sys.stdout, err or sys.stderr
     start, tries = FIRST_PORT, 0
-    with StopSignals() as stop:
+    with entered(stop) as heard:
         while True:
-            ports = choose_ports(
-                fleet.host, fleet.port, len(fleet.members), proxied=fleet.proxy is not None, start=start
-            )
-            stop.check()
+            proxied = fleet.proxy is not None
+            ports = fleet.care.ports(fleet.host, fleet.port, len(fleet.members), proxied=proxied, start=start)
+            heard.check()
             tries += 1
             try:
                 with held(fleet.host, ports.front) if fleet.proxy else ExitStack() as front:
-                    session = _Session(fleet, ports, stop, err)
+                    session = _Session(fleet, ports, heard, err)
                     session.run(on_ready, out, release=front.close, may_move=tries < _PORT_TRIES)
             except _PortTakenError:
                 start = max(ports.members) + 1
@@ -142,14 +148,21 @@ class _Session:
 
     def _start(self, command: Command, log_path: Path) -> Child:
         write_files(command.files)
-        return Child.of(command, self.fleet.environ, log_path)
+        child = Child.of(command, self.fleet.environ, log_path)
+        self.fleet.care.started(child, command)
+        return child
 
     def _load(self, *, may_move: bool) -> tuple[bool, ...]:
         names = [member.name for member in self.fleet.members]
         line = JointLine(self.err, names, expected_bytes=self.fleet.expected_bytes)
         started = tuple(zip(self.watches, self.commands, strict=True))
+
+        def on_progress(loadings: tuple[Loading, ...]) -> None:
+            self.fleet.care.loading(started)
+            line(loadings)
+
         try:
-            return wait_all_ready(started, stop=self.stop, api_key=self.fleet.api_key, on_progress=line)
+            return wait_all_ready(started, stop=self.stop, api_key=self.fleet.api_key, on_progress=on_progress)
         except RuntimeFailedError as error:
             if may_move and self._lost_a_port():
                 raise _PortTakenError from error
@@ -170,10 +183,12 @@ class _Session:
         fleet = self.fleet
         endpoint = Endpoint(host=fleet.host, port=self.ports.front, api_key=fleet.api_key)
         directory = opened.enter_context(private_directory())
+        fleet.care.directory(str(directory))
         command = proxy_command(proxy, fleet.members[0].command_for, endpoint, self.ports.members, directory)
         child = self._start(command, fleet.proxy_log)
         opened.callback(self._end, [child])  # before its directory goes, and before the replicas
         self.proxy = opened.enter_context(Watch(child, ProxyLog()))
+        self.commands.append(command)
 
         through = wait_ready(
             self.proxy,
@@ -186,7 +201,8 @@ class _Session:
 
     def _ready(self, front: Command, *, through: bool, proven: tuple[bool, ...]) -> FleetReady:
         seconds = time.monotonic() - self.started
-        rows = zip(self.fleet.members, self.commands, self.ports.members, self.watches, proven, strict=True)
+        commands = self.commands[: len(self.watches)]  # without the proxy's
+        rows = zip(self.fleet.members, commands, self.ports.members, self.watches, proven, strict=True)
         members = tuple(
             Ready(
                 command=command,
@@ -216,7 +232,8 @@ class _Session:
         while True:
             self.stop.check()
             self._check_all("while it was serving")
-            self.stop.wait(None)
+            started = tuple(zip(self._all(), self.commands, strict=True))
+            self.stop.wait(self.fleet.care.tend(started, self.stop))
 
     def _check_all(self, when: str) -> None:
         dead = first_dead(self._all())

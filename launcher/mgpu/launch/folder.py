@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -62,7 +63,7 @@ def _found(fit: list[Path], search: Search, folder: Folder, origin: str) -> Foun
 
 def _texts(path: Path, folder: Folder) -> Iterator[tuple[str, str]]:
     for pattern in folder.texts:
-        for file in sorted(path.glob(pattern))[:_MOST_FILES]:
+        for file in sorted(islice(path.glob(pattern), _MOST_FILES)):
             yield str(file.relative_to(path)), _text(file)
 
 

@@ -7,19 +7,35 @@ import sys
 from collections.abc import Callable
 
 from mgpu.adapter import Command
+from mgpu.launch.keeper import Keeper
 from mgpu.launch.logs import new_log
 from mgpu.launch.progress import say
 from mgpu.launch.serve import Launch, Ready, serve
+from mgpu.launch.signals import StopSignals
 from mgpu.launch.verify import Launched, default_log, keep, measure
 
 
-def launch_plan(command_at: Callable[[int], Command], launched: Launched, *, prompt: str | None) -> None:
-    """Start it and stay; returns only after a `prompt` was answered. Raises as `serve` does."""
+def launch_plan(  # noqa: PLR0913 - all by keyword, from the one run that has them
+    command_at: Callable[[int], Command],
+    launched: Launched,
+    *,
+    prompt: str | None,
+    keeper: Keeper,
+    stop: StopSignals,
+    stays: str,
+    on_ready: Callable[[], None],
+) -> None:
+    """Start it and stay; returns only after a `prompt` was answered. Raises as `serve` does.
+
+    `stays`: how a person ends it, said once it is ready; empty where it ends by itself.
+    """
     model, request = launched.model, launched.request
 
-    def on_ready(ready: Ready) -> None:
-        for line in ready_lines(launched, ready, stays=prompt is None):
+    def settle(ready: Ready) -> None:
+        held = keeper.ready(ready.command.endpoint, str(ready.log_path), (ready.pid,))
+        for line in ready_lines(launched, ready, held=held, stays=stays):
             say(sys.stderr, line)
+        on_ready()
 
     place = new_log(model.name)
     if place.note:
@@ -34,20 +50,21 @@ def launch_plan(command_at: Callable[[int], Command], launched: Launched, *, pro
         api_key=request.api_key,
         expected_bytes=model.weights_bytes,
         prompt=prompt,
+        care=keeper,
     )
-    serve(launch, on_ready=on_ready)
+    serve(launch, on_ready=settle, stop=stop)
 
 
-def ready_lines(launched: Launched, ready: Ready, *, stays: bool) -> tuple[str, ...]:
-    """What is said once it answers. Plan and report are kept for the rig on the way."""
+def ready_lines(launched: Launched, ready: Ready, *, stays: str, held: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What is said once it answers. Plan and report are kept for the rig on the way. `held`: of its memory."""
     attachment = ready.command.attachment
     model = f"   model {attachment.model_name}" if attachment is not None else ""
     lines = [f"  ready after {ready.seconds:.1f} s: {ready.command.endpoint}{model}"]
-    lines += placement_lines(launched, ready)
+    lines += [*held, *placement_lines(launched, ready)]
     if not ready.proven:
         lines.append("  note: it listens, but could not be asked for a token")
     if stays:
-        lines.append(f"  log: {ready.log_path}   Ctrl-C stops it")
+        lines.append(f"  log: {ready.log_path}   {stays}")
     return tuple(lines)
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
+from http.client import HTTPConnection, HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from mgpu.errors import UNREADABLE
+from mgpu.launch.wire import Answering, read_lines, read_whole, receive
 from mgpu.service import Answer, Call
 
 MAX_BODY: Final = 32 << 20  # bytes of an answer
@@ -65,9 +66,10 @@ class Caller:
             if response.status // 100 == 3:
                 return _nothing(f"redirects to {_shown(response.headers.get('Location', ''))}, which is not followed")
             if call.stream and response.status == 200:
+                response.unhurry()
                 self._objects = _objects(response)
                 return self.more()
-            body = _decoded(_whole(response, call.timeout_s))
+            body = _decoded(read_whole(response, MAX_BODY))
         except (OSError, HTTPException, ValueError) as error:
             self.close()
             return _nothing(_words(error, call.timeout_s))
@@ -87,7 +89,7 @@ class Caller:
             self.close()
             return _nothing(f"broke off: {_words(error, None)}")
 
-    def _send(self, call: Call) -> HTTPResponse:
+    def _send(self, call: Call) -> Answering:
         """The head of the answer. Raises OSError, HTTPException or ValueError."""
         parts = urlsplit(call.url)
         connection = self._connection = _connection(parts)
@@ -105,7 +107,7 @@ class Caller:
             connection.request(call.method, path, data, headers | {"Content-Type": "application/json"})
         else:
             connection.request(call.method, path, None, headers)
-        return connection.getresponse()
+        return receive(connection, call.timeout_s)
 
     def _upload(self, connection: HTTPConnection, method: str, path: str, file: str, headers: dict[str, str]) -> None:
         with Path(file).open("rb") as source:
@@ -137,30 +139,10 @@ def _connection(parts: SplitResult) -> HTTPConnection:
     return HTTPSConnection(parts.hostname, parts.port, timeout=_CONNECT_S)
 
 
-def _whole(response: HTTPResponse, timeout_s: float) -> bytes:
-    deadline = time.monotonic() + timeout_s  # of all together: a byte now and then is no answer
-    text = b""
-    for piece in _pieces(response):
-        text += piece
-        if len(text) > MAX_BODY:
-            raise ValueError(f"sent more than {MAX_BODY >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    return text
-
-
-def _pieces(response: HTTPResponse) -> Iterator[bytes]:
-    """What comes, as it comes. Raises for a body that ends too soon (`read1` itself says nothing, CPython 3.11)."""
-    while piece := response.read1(1 << 16):
-        yield piece
-    if response.length:
-        raise ConnectionResetError
-
-
-def _objects(response: HTTPResponse) -> Iterator[Any]:
+def _objects(response: Answering) -> Iterator[Any]:
     """The JSON objects of an NDJSON or event stream; text where one is none. `[DONE]` ends it (OpenAI's APIs)."""
     events = response.headers.get_content_type() == "text/event-stream"
-    for line in _lines(response):
+    for line in read_lines(response, MAX_LINE):
         data = line.strip()
         if events:
             field, _, data = data.partition(b":")
@@ -173,22 +155,12 @@ def _objects(response: HTTPResponse) -> Iterator[Any]:
             yield _decoded(data)
 
 
-def _lines(response: HTTPResponse) -> Iterator[bytes]:
-    partial = b""
-    for piece in _pieces(response):
-        *lines, partial = (partial + piece).split(b"\n")
-        yield from lines
-        if len(partial) > MAX_LINE:
-            raise ValueError(f"sent a line of more than {MAX_LINE >> 20} MiB")
-    yield partial
-
-
 def _decoded(text: bytes) -> Any:
     if not text:
         return None
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         return text.decode("utf-8", "replace")
 
 

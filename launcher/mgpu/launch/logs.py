@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import Struct
 
@@ -17,7 +18,11 @@ _CHUNK: Final = 1 << 20
 _REST: Final = 4 << 20  # bytes read at most when a runtime has ended
 _TAIL: Final = 64 << 10  # bytes in which the last lines are looked for
 
-_ESCAPE: Final = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+LONGEST: Final = 64 << 20  # bytes of a log
+_KEPT_END: Final = 8 << 20
+_SHORTENED: Final = b"(what was here before has been removed: the log was longer than 64 MiB)\n"
+
+_ESCAPE: Final = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: What ggml's abort handler lets gdb print after the reason (ggml/src/ggml.c, ggml_print_backtrace).
 _BACKTRACE: Final = re.compile(
     r"#\d+ |\[(?:New LWP|Thread debugging|Inferior \d)|warning: |Using host libthread_db|0x[0-9a-f]{8}"
@@ -38,9 +43,18 @@ class LogTail:
         self._file = path.open("rb", buffering=0)
         self._file.seek(start)
         self._partial = b""
+        self._was_cut = False
 
     def close(self) -> None:
         self._file.close()
+
+    def _skip_known(self) -> None:
+        """One that was shortened begins with lines that were read before."""
+        self._was_cut, self._partial = False, b""
+        if self._file.read(len(_SHORTENED)) == _SHORTENED:
+            self._file.seek(0, os.SEEK_END)
+        else:
+            self._file.seek(0)
 
     @property
     def size(self) -> int:
@@ -50,6 +64,9 @@ class LogTail:
         """The lines completed since the last call (at most 1 MiB of them)."""
         if self._file.tell() > self.size:  # truncated by a log rotation
             self._file.seek(0)
+            self._was_cut = True
+        if self._was_cut and self.size:
+            self._skip_known()
         *lines, partial = (self._partial + (self._file.read(_CHUNK) or b"")).split(b"\n")
         self._partial = partial[:_MAX_LINE]
         return [_clean(line[:_MAX_LINE]) for line in lines]
@@ -86,15 +103,20 @@ def last_lines(path: Path, n: int, *, start: int = 0) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not _BACKTRACE.match(line))[-n:]
 
 
-def new_log(name: str, *, state_dir: Path | None = None) -> LogPlace:
+def new_log(name: str, *, state_dir: Path | None = None, kept: Sequence[str] = ()) -> LogPlace:
     """A path for a new log: `<state>/logs/<name>-<time>-<pid>.log`; all but the newest 20 there are removed.
 
-    `state_dir` defaults to the user's; where it cannot be written, a fresh temporary directory takes its place.
+    Those of launches that live stay, and `kept`. `state_dir` defaults to the user's; where it cannot be written, a
+    fresh temporary directory takes its place; where nothing can be written, there is no log. Never raises.
     """
+    note = ""
     if state_dir is None:
-        import platformdirs  # 4 ms, not needed by a dry run
+        from mgpu.launch.places import state_dir as own_state_dir
+        from mgpu.launch.places import usual_state_dir
 
-        state_dir = Path(platformdirs.user_state_dir("mgpu"))
+        state_dir = own_state_dir()
+        if state_dir != usual_state_dir():
+            note = f"cannot write to {usual_state_dir()}: logs and launches are kept in {state_dir}"
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "runtime"
     file_name = f"{safe}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
     logs = state_dir / "logs"
@@ -103,17 +125,57 @@ def new_log(name: str, *, state_dir: Path | None = None) -> LogPlace:
         path = logs / file_name
         path.touch(mode=0o600)
     except OSError as error:
-        import tempfile  # 5 ms, for a rare case
+        return _elsewhere(file_name, f"cannot write to {logs} ({error.strerror})")
+    _prune(logs, (*kept, str(path)))
+    return LogPlace(path=path, note=note)
 
+
+def _elsewhere(file_name: str, why: str) -> LogPlace:
+    import tempfile  # 5 ms, for a rare case
+
+    try:
         path = Path(tempfile.mkdtemp(prefix="mgpu-")) / file_name
-        return LogPlace(path=path, note=f"cannot write to {logs} ({error.strerror}): the log is {path}")
-    _prune(logs)
-    return LogPlace(path=path)
+    except OSError:
+        return LogPlace(path=Path(os.devnull), note=f"{why}, nor elsewhere: there is no log")
+    return LogPlace(path=path, note=f"{why}: the log is {path}")
 
 
-def _prune(logs: Path) -> None:
+def shorten(child: Logged) -> None:
+    """Keep a log that grows for months from filling the disk: beyond `LONGEST` only its end stays, in place.
+
+    The runtime appends (O_APPEND), so it goes on at the new end. What it writes in this very moment may be lost.
+    """
+    path = child.log_path
+    try:
+        if path.stat().st_size <= LONGEST:
+            return
+        with path.open("rb+") as file:
+            file.seek(-_KEPT_END, os.SEEK_END)
+            end = file.read(_KEPT_END).partition(b"\n")[2]
+            file.truncate(0)
+        with path.open("ab") as file:
+            file.write(_SHORTENED + end)
+    except OSError:
+        return  # the next time, perhaps
+    child.log_start = 0
+
+
+class Logged(Protocol):
+    """Whose log it is; `log_start`: where its own lines begin."""
+
+    log_path: Path
+    log_start: int
+
+
+def _prune(logs: Path, kept: Sequence[str]) -> None:
+    from mgpu.launch.store import launches
+
+    records = [seen.record for seen in launches() if seen.record is not None]
+    in_use = {*kept, *(log for record in records for log in (record.log, record.own_log))}
     dated: list[tuple[float, Path]] = []
     for path in logs.glob("*.log"):
+        if str(path) in in_use:
+            continue  # perhaps silent for weeks, and yet the one to look into
         try:
             dated.append((path.stat().st_mtime, path))
         except OSError:

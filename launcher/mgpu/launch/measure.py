@@ -10,21 +10,22 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from mgpu.adapter import Command
-from mgpu.errors import RuntimeFailedError
+from mgpu.errors import UNREADABLE, RuntimeFailedError
 from mgpu.launch.background import Background
-from mgpu.launch.client import Client
+from mgpu.launch.client import MAX_BODY, Client
 from mgpu.launch.ready import explain
 from mgpu.launch.serve import Task
 from mgpu.launch.signals import StopSignals
 from mgpu.launch.stream import LostError, error_message
 from mgpu.launch.watch import Watch
+from mgpu.launch.wire import read_whole
 
 _TICK_S: Final = 0.1
 _ANSWER_S: Final = 3600.0  # nothing comes before the whole answer, which a CPU may take half an hour for
@@ -119,19 +120,22 @@ class _Timer(Client):
         }
         try:
             with self._request("POST", self._completion_url, body, _ANSWER_S) as response:
-                return _read(response.status, response.read(), load)
+                return _read(response.status, read_whole(response, MAX_BODY), load)
         except TimeoutError as error:
             raise RuntimeFailedError(f"did not answer within {_ANSWER_S:.0f} s") from error
         except (OSError, HTTPException) as error:
             raise LostError("broke off a measurement") from error
 
 
+_Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+
+
 class _Timings(Struct, frozen=True):
     """llama.cpp b11434 tools/server/server-common.cpp, server_slot_stats::to_json."""
 
-    predicted_n: int
+    predicted_n: _Count
     predicted_ms: float
-    prompt_n: int = 0
+    prompt_n: _Count = 0
     prompt_ms: float = 0.0
 
 
@@ -155,7 +159,7 @@ def _read(status: int, body: bytes, load: Load) -> Timing:
         raise RuntimeFailedError(f"answered a measurement with HTTP {status}: {error_message(body)}")
     try:
         timings = msgspec.json.decode(body, type=_Completion).timings
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RuntimeFailedError(f"answered a measurement without timings: {body[:80]!r}") from error
     # The first token comes with the prompt; the figure per second of older builds counts it as a step all the same.
     steps = timings.predicted_n - 1

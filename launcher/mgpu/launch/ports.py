@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
@@ -16,6 +16,7 @@ FIRST_PORT: Final = 8080  # llama.cpp's own until b11434 (it is 9931 from b11549
 #: Replicas behind a proxy are for it alone, wherever it listens itself.
 LOOPBACK: Final = "127.0.0.1"
 _TRIES: Final = 1000
+_NONE: Final[Mapping[int, str]] = {}
 _LAST_PORT: Final = 65535
 
 
@@ -26,20 +27,28 @@ class Ports(Struct, frozen=True, kw_only=True):
     members: tuple[int, ...]
 
 
-def free_port(host: str, *, wanted: int | None = None, start: int = FIRST_PORT) -> int:
+def free_port(
+    host: str, *, wanted: int | None = None, start: int = FIRST_PORT, taken: Mapping[int, str] = _NONE
+) -> int:
     """`wanted` if it can be bound on `host` now; without a wish, the first port from `start` up that can.
 
+    `taken`: ports of other launches, by name, though nothing may listen there yet.
     Raises `UsageError` for a host that is not this machine's and for a port that is none or not permitted,
     `RuntimeFailedError` for a wanted port in use, naming its holder where that can be seen.
     """
     if wanted is None:
         last = min(start + _TRIES - 1, _LAST_PORT)
         for port in range(start, last + 1):
-            if is_free(host, port):
+            if port not in taken and is_free(host, port):
                 return port
         raise RuntimeFailedError(f"no free port on {host} from {start} to {last}", hint="choose one with --port")
     if not 1 <= wanted <= _LAST_PORT:
         raise UsageError(f"--port {wanted} is not a port", hint=f"give one from 1 to {_LAST_PORT}, or leave it out")
+    if wanted in taken:
+        raise RuntimeFailedError(
+            f"port {wanted} belongs to the launch {taken[wanted]}",
+            hint=f"`mgpu stop {taken[wanted]}` frees it; or choose another --port, or leave --port out",
+        )
     if not is_free(host, wanted):
         from mgpu.launch.tree import holder  # psutil: 12 ms, for an error
 
@@ -51,16 +60,24 @@ def free_port(host: str, *, wanted: int | None = None, start: int = FIRST_PORT) 
     return wanted
 
 
-def choose_ports(host: str, wanted: int | None, n_members: int, *, proxied: bool, start: int = FIRST_PORT) -> Ports:
+def choose_ports(
+    host: str,
+    wanted: int | None,
+    n_members: int,
+    *,
+    proxied: bool,
+    start: int = FIRST_PORT,
+    taken: Mapping[int, str] = _NONE,
+) -> Ports:
     """Free ones: `wanted` (or one from `start` up) in front, then the next. Behind a proxy, replicas are on 127.0.0.1.
 
     Raises as `free_port` does.
     """
-    front = free_port(host, wanted=wanted, start=start)
+    front = free_port(host, wanted=wanted, start=start, taken=taken)
     after = max(front + 1, start) if front + _TRIES <= _LAST_PORT else FIRST_PORT
     members = [] if proxied else [front]
     while len(members) < n_members:
-        port = free_port(LOOPBACK if proxied else host, start=after)
+        port = free_port(LOOPBACK if proxied else host, start=after, taken=taken)
         after = port + 1
         if port != front:
             members.append(port)

@@ -15,15 +15,18 @@ from typing import IO, Final
 import msgspec
 
 from mgpu.adapter import Probe
-from mgpu.errors import RuntimeMissingError
+from mgpu.errors import UNREADABLE, RuntimeMissingError
 from mgpu.launch.find import Found
-from mgpu.launch.process import describe_exit
+from mgpu.launch.private import read_own, write_whole
+from mgpu.launch.process import describe_exit, die_with_parent
+from mgpu.request import KEY_VARIABLE
 
 PROBE_TIMEOUT_S: Final = 20.0
 DEVICES_TIMEOUT_S: Final = 60.0  # opens every GPU; without persistence mode a driver takes seconds for each
 
 _VERSION: Final = "--version"
 _MAX_OUTPUT: Final = 4 << 20
+_MAX_CACHE: Final = 64 << 20  # bytes
 _MAX_CACHED: Final = 64  # texts; llama-server's help is 60 kB
 
 
@@ -77,11 +80,12 @@ def _ask(found: Found, flag: str, environ: Mapping[str, str], timeout_s: float, 
     try:
         process = subprocess.Popen(
             (found.executable, *flag.split()),
-            env=dict(environ),
+            env={name: value for name, value in environ.items() if name != KEY_VARIABLE},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - as it says itself; a list of devices may take a minute
         )
     except OSError as error:
         raise _unusable(found, f"cannot be run: {error.strerror}") from error
@@ -154,19 +158,14 @@ def _default_cache() -> Path:
 
 
 def _read_cache(path: Path) -> dict[str, str]:
+    """What decides which flags are used: nothing that another user could have written."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
+        return msgspec.json.decode(read_own(path, at_most=_MAX_CACHE) or b"{}", type=dict[str, str])
+    except (OSError, *UNREADABLE):
         return {}  # absent or damaged: the runtime is asked again
 
 
 def _write_cache(path: Path, texts: dict[str, str]) -> None:
     newest = dict(list(texts.items())[-_MAX_CACHED:])
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(msgspec.json.encode(newest))
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink()  # no cache is no error: the next run asks again
+    with suppress(OSError):  # no cache is no error: the next run asks again
+        write_whole(path, msgspec.json.encode(newest))

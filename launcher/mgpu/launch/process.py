@@ -15,7 +15,9 @@ from typing import Final, Self
 from mgpu.adapter import Command
 from mgpu.errors import MgpuError, RuntimeFailedError, RuntimeMissingError
 from mgpu.launch.leftovers import Leftovers
+from mgpu.launch.oom_killer import has_killed, kills
 from mgpu.launch.scratch import Scratch
+from mgpu.request import KEY_VARIABLE
 
 GRACE_S: Final = (
     5.0  # from SIGTERM to SIGKILL: a batch is finished, tens of GiB are freed; readers can delay it for ever
@@ -36,6 +38,7 @@ class Child:
         self.log_start = log_start  # where its own lines begin, after those of an earlier try
         self.leftovers = Leftovers()
         self.scratch = Scratch()
+        self._kills = kills()
 
     @classmethod
     def start(
@@ -70,7 +73,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent() if tied else None,  # noqa: PLW1509  # see _die_with_parent
+                preexec_fn=die_with_parent() if tied else None,  # noqa: PLW1509  # see die_with_parent
             )
         except OSError as error:
             raise _cannot_start(argv[0], error) from error
@@ -100,6 +103,10 @@ class Child:
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.poll()
+
+    def was_short_of_ram(self) -> bool:
+        """Whether the kernel has ended it for want of RAM: that cannot be seen from its end, but it keeps count."""
+        return self.poll() == -signal.SIGKILL and has_killed(self._kills)
 
     def stop(self, *, grace_s: float = GRACE_S, hurried: Callable[[], bool] = lambda: False) -> int | None:
         """SIGTERM, wait, SIGKILL: to the whole group, and to descendants that left it. Never raises.
@@ -140,6 +147,7 @@ class Child:
 def environment(command: Command, environ: Mapping[str, str]) -> dict[str, str]:
     """The caller's environment without the variables that `command.scrub` prefixes name, then `command.env` on top."""
     kept = {name: value for name, value in environ.items() if not name.startswith(command.scrub)}
+    kept.pop(KEY_VARIABLE, None)  # for us: the runtime has it, if it wants it, by a name of its own
     return kept | dict(command.env)
 
 
@@ -161,8 +169,8 @@ def describe_exit(code: int) -> str:
     return f"was killed by {name}{guess.get(name, '')}"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child runs between fork and exec so that the kernel ends it with us, however we end. Linux only.
+def die_with_parent() -> Callable[[], None] | None:
+    """A `preexec_fn`: what the child runs between fork and exec so that the kernel ends it with us. Linux only.
 
     Alternatives: `setpriv --pdeathsig` is missing on many systems, a Python shim costs 20 ms and a process.
     A preexec_fn is dangerous when it takes locks; this one makes two system calls through a function that was

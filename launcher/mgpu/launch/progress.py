@@ -8,18 +8,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
+from mgpu.errors import one_line
 from mgpu.launch.ready import Loading
 from mgpu.service import Told
 from mgpu.units import gib, gib_of
 
 _WIDTH: Final = 80
 _QUIET_S: Final = 0.3  # a load this short needs no word
+_MOST: Final = 2000  # characters of a line
 
 
 def say(stream: TextIO, text: str) -> None:
-    """A line for the person, if anybody is still there: a closed terminal must not keep us from stopping."""
+    """A line for the person, if anybody is still there: a closed terminal must not keep us from stopping.
+
+    Logs and services are quoted in it: nothing of theirs reaches the terminal but letters.
+    """
     with suppress(OSError, ValueError):
-        stream.write(f"{text}\n")
+        stream.write(f"{one_line(text, _MOST)}\n")
         stream.flush()
 
 
@@ -38,7 +43,7 @@ class _Line:
             self._drawn = 0
 
     def _draw(self, text: str) -> None:
-        text = text[: self._columns - 1]
+        text = one_line(text, _MOST)[: self._columns - 1]
         self._write(f"\r{text.ljust(self._drawn)}")
         self._drawn = len(text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -12,6 +11,7 @@ from msgspec.structs import replace
 
 from mgpu.adapter import Adapter, Cause, Command, Projection, Projector, Question, Search
 from mgpu.errors import RuntimeFailedError, RuntimeMissingError
+from mgpu.launch.collect import MOST, EndlessError, Printed, collect
 from mgpu.launch.find import Found, find_runtime
 from mgpu.launch.probe import probe_runtime
 from mgpu.launch.process import describe_exit, environment
@@ -42,10 +42,10 @@ def project(
     env = environment(command, environ) | _QUIET
     done = _run(found, asked, env, timeout_s)
     if done.returncode != 0:
-        raise _failed(found, describe_exit(done.returncode), adapter, done.stderr)
-    projected = projector.read(done.stdout)
+        raise _failed(found, describe_exit(done.returncode), adapter, done.err)
+    projected = projector.read(done.out)
     if not projected:
-        raise _failed(found, "printed no projection", adapter, done.stderr)
+        raise _failed(found, "printed no projection", adapter, done.err)
     return Projection(tool=found.executable, question=asked, projected=projected)
 
 
@@ -66,21 +66,13 @@ def find_tool(search: Search, executable: str, environ: Mapping[str, str]) -> Fo
     return found
 
 
-def _run(found: Found, asked: Question, env: Mapping[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def _run(found: Found, asked: Question, env: Mapping[str, str], timeout_s: float) -> Printed:
     try:
-        return subprocess.run(
-            (found.executable, *asked.arguments),
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+        return collect((found.executable, *asked.arguments), env, timeout_s=timeout_s)
+    except EndlessError as error:
         raise RuntimeFailedError(
-            f"{found.executable} gave no projection within {timeout_s:.0f} s", hint="is a GPU or its driver stuck?"
+            f"{found.executable} gave no projection within {timeout_s:.0f} s and {MOST >> 20} MiB",
+            hint="is a GPU or its driver stuck?",
         ) from error
     except OSError as error:
         raise RuntimeMissingError(

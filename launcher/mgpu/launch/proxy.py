@@ -103,6 +103,7 @@ def proxy_command(
         argv=(proxy.executable, *told.argv),
         watch_argv=(),
         devices=(),
+        metrics_url="",
         env=told.env,
         scrub=("LITELLM_", "DATABASE_URL", "CADDY_", "NGINX"),
         files={told.file: told.text},
@@ -128,13 +129,15 @@ def private_directory() -> Iterator[Path]:
 
 def planned_directory(port: int) -> Path:
     """Where a person would keep the files of the proxy on `port`: a launch takes a new directory beside it."""
-    return _state() / f"proxy-{port}"
+    from mgpu.launch.places import usual_state_dir  # with platformdirs: 4 ms
+
+    return usual_state_dir() / f"proxy-{port}"
 
 
 def _state() -> Path:
-    import platformdirs  # 4 ms, not needed by a dry run
+    from mgpu.launch.places import state_dir
 
-    return Path(platformdirs.user_state_dir("mgpu"))
+    return state_dir()
 
 
 class ProxyLog:

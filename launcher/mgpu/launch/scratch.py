@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mgpu.errors import RuntimeFailedError
+from mgpu.launch.private import make_directory, new_file
 
 _PREFIX: Final = "run-"
 
@@ -39,9 +40,9 @@ def _make() -> str:
     """Below the state directory if that can be written, else where temporary files go; mode 0700."""
     import tempfile  # 5 ms, for the few runtimes that need it
 
-    import platformdirs  # 4 ms, as above
+    from mgpu.launch.places import state_dir
 
-    state = Path(platformdirs.user_state_dir("mgpu"))
+    state = state_dir()
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix=_PREFIX, dir=state)
@@ -63,9 +64,8 @@ def _make_elsewhere() -> str:
 def _write(name: str, text: str, directory: str) -> None:
     path = Path(directory, name)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
-            out.write(text)
+        make_directory(path.parent)
+        new_file(path, text.encode("utf-8"))
     except OSError as error:
         raise RuntimeFailedError(
             f"cannot write {path}, which the runtime needs: {error.strerror}", hint="make its directory writable"

@@ -13,11 +13,12 @@ from msgspec import Struct
 from mgpu.adapter import Adapter, Buffer, Command
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
 from mgpu.launch.ask import print_answer
-from mgpu.launch.ports import FIRST_PORT, free_port, is_free
+from mgpu.launch.care import Care
+from mgpu.launch.ports import FIRST_PORT, is_free
 from mgpu.launch.process import Child
 from mgpu.launch.progress import LoadingLine, say
 from mgpu.launch.ready import Loading, wait_ready
-from mgpu.launch.signals import StopSignals
+from mgpu.launch.signals import StopSignals, entered
 from mgpu.launch.watch import Watch
 from mgpu.service import Attachment
 
@@ -45,6 +46,7 @@ class Launch(Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     task: Task | None = None
     on_loading: Callable[[Loading], None] | None = None
+    care: Care = Care()
 
 
 class Ready(Struct, frozen=True, kw_only=True):
@@ -67,23 +69,30 @@ class _PortTakenError(Exception):
 
 
 def serve(
-    launch: Launch, *, on_ready: Callable[[Ready], None], out: TextIO | None = None, err: TextIO | None = None
+    launch: Launch,
+    *,
+    on_ready: Callable[[Ready], None],
+    stop: StopSignals | None = None,
+    out: TextIO | None = None,
+    err: TextIO | None = None,
 ) -> int:
     """Run `launch` in the foreground of the main thread; whatever happens, nothing of it runs afterwards.
+
+    `stop`: already entered, by whoever goes on afterwards.
 
     Returns 0 after a `prompt` was answered or a `task` done. Else it ends with `InterruptedLaunchError` (SIGINT,
     SIGTERM, SIGHUP; a second one kills at once), or with `RuntimeFailedError` when the runtime does not start or dies.
     """
     out, err = out or sys.stdout, err or sys.stderr
     start, tries = FIRST_PORT, 0
-    with StopSignals() as stop:
+    with entered(stop) as heard:
         while True:
-            port = free_port(launch.host, wanted=launch.port, start=start)
-            stop.check()
+            port = launch.care.port(launch.host, launch.port, start)
+            heard.check()
             tries += 1
             try:
                 may_move = launch.port is None and tries < _PORT_TRIES
-                _Session(launch, port, stop, err).run(on_ready, out, may_move=may_move)
+                _Session(launch, port, heard, err).run(on_ready, out, may_move=may_move)
             except _PortTakenError:
                 start = port + 1
             else:
@@ -107,6 +116,7 @@ class _Session:
         started = time.monotonic()
         child = Child.of(command, launch.environ, launch.log_path)
         try:
+            launch.care.started(child, command)
             with Watch(child, launch.adapter) as watch:
                 proven = self._load(watch, may_move=may_move)
 
@@ -136,6 +146,7 @@ class _Session:
             prompt=self.launch.prompt,
             on_ready=on_ready,
             watch=watch,
+            tend=lambda: self._tend(watch),
         )
 
     def _use(self, watch: Watch, out: TextIO) -> None:
@@ -150,8 +161,13 @@ class _Session:
     def _load(self, watch: Watch, *, may_move: bool) -> bool:
         launch, line = self.launch, LoadingLine(self.err, expected_bytes=self.launch.expected_bytes)
         told = launch.on_loading or line
+
+        def on_progress(loading: Loading) -> None:
+            launch.care.loading([(watch, self.command)])
+            told(loading)
+
         try:
-            return wait_ready(watch, self.command, stop=self.stop, api_key=launch.api_key, on_progress=told)
+            return wait_ready(watch, self.command, stop=self.stop, api_key=launch.api_key, on_progress=on_progress)
         except RuntimeFailedError as error:
             ended = watch.child.poll() is not None
             if may_move and (watch.lost_port or (ended and not is_free(self.launch.host, self.port))):
@@ -175,9 +191,12 @@ class _Session:
         """Until it dies or we are asked to stop: both end in an exception."""
         while watch.child.poll() is None:
             self.stop.check()
-            self.stop.wait(None)
+            self.stop.wait(self._tend(watch))
         self.stop.check()
         raise watch.death("while it was serving")
+
+    def _tend(self, watch: Watch) -> float | None:
+        return self.launch.care.tend([(watch, self.command)], self.stop)
 
     def _end(self, child: Child) -> None:
         if child.stop(hurried=lambda: self.stop.hurried) is None:

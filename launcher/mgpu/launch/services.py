@@ -21,6 +21,7 @@ _PROBE_S: Final = 5.0
 _MAX_TOKEN: Final = 4096
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 
@@ -69,7 +70,7 @@ def service_url(service: Service, environ: Mapping[str, str]) -> tuple[str, str]
     if not authority.endswith("]") and ":" in authority:
         host, _, port = authority.rpartition(":")
     usual = {"http": 80, "https": 443}.get(scheme, 0) if mark else urlsplit(service.url).port
-    good = (not host or _HOST.fullmatch(host)) and (not port or (port.isdecimal() and port.isascii()))
+    good = (not host or _HOST.fullmatch(host)) and (not port or _PORT.fullmatch(port))
     if scheme not in {"http", "https"} or not good or int(port or 1) > 65535:
         raise UsageError(
             f"${service.variable} is {given!r}, which is no address", hint=f"write it like {service.url}, or unset it"
@@ -82,8 +83,11 @@ def _token(service: Service) -> Iterator[tuple[str, str]]:
     if not service.token_file:
         return
     try:
-        with Path(service.token_file).expanduser().open(encoding="utf-8") as file:
-            text = file.read(_MAX_TOKEN).strip()
+        file = Path(service.token_file).expanduser()
+        if not file.is_file():  # opening a FIFO would wait for a writer
+            return
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(_MAX_TOKEN).strip()
     except (OSError, UnicodeDecodeError, RuntimeError):  # none there, or nobody's home: asked without
         return
     if text and text.isprintable() and text.isascii():
@@ -92,4 +96,7 @@ def _token(service: Service) -> Iterator[tuple[str, str]]:
 
 def _text(answer: Answer) -> str:
     body: Any = answer.body
-    return body if isinstance(body, str) else msgspec.json.encode(body).decode()
+    try:
+        return body if isinstance(body, str) else msgspec.json.encode(body).decode()
+    except (OverflowError, RecursionError):  # numbers beyond 64 bits, brackets without end
+        return ""

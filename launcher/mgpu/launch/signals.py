@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Final, Self
 
@@ -92,6 +92,11 @@ class StopSignals:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._first_at > _SAME_REQUEST_S:
             self._hurried = True
+
+
+def entered(stop: StopSignals | None) -> AbstractContextManager[StopSignals]:
+    """`stop`, which somebody has entered already; without one, a new one for as long as this lasts."""
+    return StopSignals() if stop is None else nullcontext(stop)
 
 
 def _wake_only(_number: int, _frame: FrameType | None) -> None:

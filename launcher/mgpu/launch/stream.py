@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 from msgspec import Struct
 
-from mgpu.errors import RuntimeFailedError
+from mgpu.errors import UNREADABLE, RuntimeFailedError
 
 
 class LostError(RuntimeFailedError):
@@ -58,12 +58,12 @@ def error_message(body: bytes) -> str:
     """The message in an error object of either API; the body itself (at most 300 characters) when it is none."""
     try:
         error = msgspec.json.decode(body, type=_Event).error
-    except msgspec.DecodeError:
+    except UNREADABLE:
         error = None
     if error is None:
         try:
             error = msgspec.json.decode(body, type=_Error)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             error = None
     message = error.message if isinstance(error, _Error) else error
     return (message or body.decode("utf-8", "replace").strip() or "no message")[:300]
@@ -72,7 +72,7 @@ def error_message(body: bytes) -> str:
 def _pieces_of(data: bytes) -> Iterator[Piece]:
     try:
         event = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RuntimeFailedError(f"sent something that is no answer: {data[:80]!r}") from error
     yield from read_event(event)
 

@@ -12,9 +12,11 @@ from msgspec import Struct
 from mgpu.adapter import Command, Endpoint
 from mgpu.launch.fleet import Fleet, FleetReady, Member, serve_fleet
 from mgpu.launch.foreground import placement_lines
+from mgpu.launch.keeper import Keeper
 from mgpu.launch.logs import LogPlace, new_log
 from mgpu.launch.progress import say
 from mgpu.launch.proxy import VARIABLE, Proxy
+from mgpu.launch.signals import StopSignals
 from mgpu.launch.verify import Launched
 
 _NAME: Final = 60  # characters of the model's name in a log's, so that the replica's own fits behind it
@@ -31,8 +33,20 @@ class Copy(Struct, frozen=True, kw_only=True):
         return " + ".join(f"GPU {device.gpu}" for device in self.launched.plan.devices)
 
 
-def launch_copies(copies: Sequence[Copy], proxy: Proxy | None, *, prompt: str | None) -> None:
-    """Start them and stay; returns only after a `prompt` was answered. Raises as `serve_fleet` does."""
+def launch_copies(  # noqa: PLR0913 - all by keyword, from the one run that has them
+    copies: Sequence[Copy],
+    proxy: Proxy | None,
+    *,
+    prompt: str | None,
+    keeper: Keeper,
+    stop: StopSignals,
+    stays: str,
+    on_ready: Callable[[], None],
+) -> None:
+    """Start them and stay; returns only after a `prompt` was answered. Raises as `serve_fleet` does.
+
+    `stays`: how a person ends them, said once they are ready; empty where they end by themselves.
+    """
     first = copies[0].launched
     model, request = first.model, first.request
     places = [_log(model.name, copy.name) for copy in copies]
@@ -40,9 +54,12 @@ def launch_copies(copies: Sequence[Copy], proxy: Proxy | None, *, prompt: str | 
     for note in dict.fromkeys(place.note for place in (*places, proxy_log) if place.note):
         say(sys.stderr, f"  note: {note}")
 
-    def on_ready(ready: FleetReady) -> None:
-        for line in ready_lines(copies, ready, stays=prompt is None):
+    def settle(ready: FleetReady) -> None:
+        pids = [member.pid for member in ready.members]
+        held = keeper.ready(ready.command.endpoint, str(places[0].path), pids)
+        for line in ready_lines(copies, ready, held=held, stays=stays):
             say(sys.stderr, line)
+        on_ready()
 
     rows = zip(copies, places, strict=True)
     fleet = Fleet(
@@ -56,25 +73,28 @@ def launch_copies(copies: Sequence[Copy], proxy: Proxy | None, *, prompt: str | 
         api_key=request.api_key,
         expected_bytes=model.weights_bytes * len(copies),
         prompt=prompt,
+        care=keeper,
     )
-    serve_fleet(fleet, on_ready=on_ready)
+    serve_fleet(fleet, on_ready=settle, stop=stop)
 
 
-def ready_lines(copies: Sequence[Copy], ready: FleetReady, *, stays: bool) -> tuple[str, ...]:
+def ready_lines(
+    copies: Sequence[Copy], ready: FleetReady, *, stays: str, held: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """What is said once all answer. Plans and reports are kept for the rig on the way."""
     lines = [f"  ready after {ready.seconds:.1f} s: {_where(ready)}"]
     lines += [
         f"    {copy.name}: {member.command.endpoint}   log: {member.log_path}"
         for copy, member in zip(copies, ready.members, strict=True)
     ]
-    lines += dict.fromkeys(_placement(copies, ready))
+    lines += [*held, *dict.fromkeys(_placement(copies, ready))]
     if not ready.proven:
         lines.append("  note: they listen, but could not be asked for a token")
     if ready.proxy is None and os.environ.get(VARIABLE, "").strip().lower() != "none":
         lines.append("  note: no nginx, HAProxy, Caddy or LiteLLM found to make them one address;")
         lines.append("        spread the users over these, or install one: apt-get install nginx-light")
     if stays:
-        lines.append("  Ctrl-C stops them all")
+        lines.append(f"  {stays.replace(' it', ' them all')}")
     return tuple(lines)
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import psutil
+
+from mgpu.units import KIB
+
+_MOST_ROLLUP: Final = 16 << 10  # characters
 
 
 class Tree:
@@ -29,12 +34,47 @@ class Tree:
                 process.kill()
 
 
+def family(pid: int) -> tuple[int, ...]:
+    """A process and its descendants; itself alone when they cannot be told."""
+    return (pid, *Tree(pid).pids)
+
+
 def rss_bytes(pid: int) -> int:
     """Resident memory of one process; 0 when it cannot be told."""
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def host_bytes(pid: int) -> int | None:
+    """RAM of a process and its descendants that no file is behind: private and shared memory, swapped out or not.
+
+    Shared memory that several of them have mapped counts once for each, as far as it cannot be told apart. None where
+    the system does not tell (another user's process, or it has gone).
+    """
+    sizes = [_anonymous(member) for member in family(pid)]
+    return sum(size for size in sizes if size is not None) if sizes[0] is not None else None
+
+
+#: `Pss_Anon` and `Pss_Shmem` share out what is shared (Linux 5.9); pages that a driver pins are in none of them.
+_PARTS: Final = frozenset({"Pss_Anon:", "Pss_Shmem:", "SwapPss:"})
+
+
+def _anonymous(pid: int) -> int | None:
+    try:
+        with Path(f"/proc/{pid}/smaps_rollup").open(encoding="ascii", errors="replace") as file:
+            rows = [line.split() for line in file.read(_MOST_ROLLUP).splitlines()]
+    except OSError:
+        rows = []
+    sizes = [int(row[1]) * KIB for row in rows if len(row) > 1 and row[0] in _PARTS and row[1].isdecimal()]
+    if sizes:
+        return sum(sizes)
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return None
+    return max(int(memory.rss) - int(getattr(memory, "shared", 0)), 0)
 
 
 def cpu_seconds(pid: int) -> float:

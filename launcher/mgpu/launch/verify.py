@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
 
 from mgpu.adapter import TOLERANCE, Adapter, Buffer, Installed
+from mgpu.launch.private import write_whole
+from mgpu.launch.redact import redact_words
 from mgpu.model import Model
 from mgpu.plan import Plan
 from mgpu.request import Request
@@ -104,9 +104,9 @@ def _sums(buffers: Sequence[Buffer]) -> dict[str, int]:
 
 def default_log() -> Path:
     """`measured.jsonl` in the user's state directory."""
-    import platformdirs  # 4 ms, not needed by a dry run
+    from mgpu.launch.places import state_dir
 
-    return Path(platformdirs.user_state_dir("mgpu")) / "measured.jsonl"
+    return state_dir() / "measured.jsonl"
 
 
 def keep(launched: Launched, places: Sequence[Measured], path: Path) -> str | None:
@@ -116,16 +116,10 @@ def keep(launched: Launched, places: Sequence[Measured], path: Path) -> str | No
     lost. Text is ASCII: a path that is no valid text survives as the escapes of its bytes.
     """
     line = json.dumps(_record(launched, places), separators=(",", ":")).encode("ascii")
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lines = path.read_bytes().splitlines() if path.exists() else []
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.writelines(kept + b"\n" for kept in (*lines[1 - KEPT :], line))
-        draft.replace(path)
+        write_whole(path, b"".join(kept + b"\n" for kept in (*lines[1 - KEPT :], line)))
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         return str(error.strerror or error)
     return None
 
@@ -152,7 +146,7 @@ def _record(launched: Launched, places: Sequence[Measured]) -> dict[str, Any]:
             "units": list(plan.layout.counts),
             "host_layers": shape.host_layers,
             "host_experts": shape.host_experts,
-            "runtime_args": list(launched.request.runtime_args),
+            "runtime_args": list(redact_words(launched.request.runtime_args)),
         },
         "devices": [
             {

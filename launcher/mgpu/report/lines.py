@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +12,15 @@ from msgspec.structs import replace
 from mgpu.adapter import Command
 from mgpu.model import Model
 from mgpu.plan import DevicePlan, Plan, RuleVerdict, Speed
+from mgpu.request import KEY_PLACEHOLDER, KEY_VARIABLE
 from mgpu.rig import short_name
 from mgpu.units import gib, gib_of
 
 #: Rules whose verdicts `run` shows in its few lines; `plan` shows all.
 _TELLING = ("fits-one-card", "fastest-card", "fewest-cards", "split-by-layers", "many-users", "cpu-offload-last")
+
+
+_PARTS = re.compile(f"({re.escape(KEY_PLACEHOLDER)})")
 
 
 def run_lines(model: Model, plan: Plan) -> tuple[str, ...]:
@@ -82,24 +87,35 @@ def at_speed(speed: Speed | None) -> str:
     return "" if speed is None else f", {speed.words}"
 
 
-def shell_line(command: Command, scrubbed: tuple[str, ...] = ()) -> str:
+def shell_line(command: Command, scrubbed: tuple[str, ...] = (), *, key_file: str = "") -> str:
     """One line to paste into a shell: assignments first. `scrubbed` variables are in the caller's environment.
 
     A runtime with files of its own is given a new directory for them: then a subshell goes there first. One that has
-    no model of itself is awaited and given it, as mgpu would.
+    no model of itself is awaited and given it, as mgpu would. Instead of a key that is nothing to print there is where
+    the shell reads it: from `key_file`, or from our variable; without it, nothing is started.
     """
-    own = {name: text for name, text in command.files.items() if not os.path.isabs(name)}  # noqa: PTH117 - a name, no Path yet
-    if own:
-        line = shell_line(replace(command, files={}), scrubbed)
-        started = f"exec {line}" if line.startswith("env ") else f"exec env {line}"
-        return f'( cd "$(mktemp -d)" && {_written(own)} && {started} )'
     if command.then:
         return _served(command, scrubbed)
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
-    if scrubbed:
-        unset = [word for name in scrubbed for word in ("-u", shlex.quote(name))]
-        return " ".join(["env", *unset, *assignments, shlex.join(command.argv)])
-    return " ".join([*assignments, shlex.join(command.argv)])
+    own = {name: text for name, text in command.files.items() if not os.path.isabs(name)}  # noqa: PTH117 - a name, no Path yet
+    steps: list[str] = []
+    if key_file and any(KEY_PLACEHOLDER in text for text in (*command.env.values(), *own.values())):
+        steps.append(f'key="$(cat {shlex.quote(key_file)})"')
+    if own:
+        steps += ['cd "$(mktemp -d)"', _written(own, in_file=bool(key_file))]
+    assignments = [f"{name}={_quoted(value, in_file=bool(key_file))}" for name, value in command.env.items()]
+    unset = [word for name in scrubbed for word in ("-u", shlex.quote(name))]
+    line = " ".join([*unset, *assignments, shlex.join(command.argv)])
+    if steps:
+        return f"( {' && '.join(steps)} && exec env {line} )"
+    return f"env {line}" if scrubbed else line
+
+
+def _quoted(text: str, *, in_file: bool) -> str:
+    """For a shell, as it is but for a key: that is read when the line is run."""
+    if KEY_PLACEHOLDER not in text:
+        return shlex.quote(text)
+    key = '"$key"' if in_file else f'"${{{KEY_VARIABLE}:?}}"'
+    return "".join(key if part == KEY_PLACEHOLDER else shlex.quote(part) for part in _PARTS.split(text) if part)
 
 
 def _served(command: Command, scrubbed: tuple[str, ...]) -> str:
@@ -113,25 +129,27 @@ def _ends(processes: str) -> str:
     return f"trap 'kill {processes} 2>/dev/null; wait' EXIT; trap 'exit 130' INT TERM HUP;"
 
 
-def _written(files: Mapping[str, str]) -> str:
+def _written(files: Mapping[str, str], *, in_file: bool) -> str:
     """What writes the files in the current directory: an argument for each line, so that the whole stays one line."""
-    lines = (" ".join(map(shlex.quote, text.splitlines())) for text in files.values())
+    lines = (" ".join(_quoted(line, in_file=in_file) for line in text.splitlines()) for text in files.values())
     return " && ".join(f"printf '%s\\n' {line} > {shlex.quote(name)}" for name, line in zip(files, lines, strict=True))
 
 
-def joint_line(commands: Sequence[Command], scrubbed: tuple[str, ...] = ()) -> str:
+def joint_line(commands: Sequence[Command], scrubbed: tuple[str, ...] = (), *, key_file: str = "") -> str:
     """One line that runs several commands at once, and ends them all on Ctrl-C: for sh, bash and zsh.
 
     By their process ids, not by group: in a script, the group is the caller's own.
     """
-    lines = [f"{shell_line(command, scrubbed)} & p{place}=$!;" for place, command in enumerate(commands)]
+    lines = [
+        f"{shell_line(command, scrubbed, key_file=key_file)} & p{place}=$!;" for place, command in enumerate(commands)
+    ]
     everyone = " ".join(f"$p{place}" for place in range(len(commands)))
     return f"( {_ends(everyone)} {' '.join(lines)} wait )"
 
 
 def to_scrub(command: Command, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The caller's variables that would change the runtime's mind behind the plan's back."""
-    return tuple(sorted(name for name in environ if name.startswith(command.scrub)))
+    return tuple(sorted(name for name in environ if name.startswith(command.scrub) or name == KEY_VARIABLE))
 
 
 def _share(device: DevicePlan, plan: Plan) -> str:

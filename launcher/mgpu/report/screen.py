@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mgpu.errors import DoesNotFitError, RefusedError
+from mgpu.errors import DoesNotFitError, RefusedError, one_line
 from mgpu.model import Model
 from mgpu.plan import Alternative, DevicePlan, HostPlan, Plan
 from mgpu.report.lines import indices, layers_of, size_words, title
@@ -79,6 +79,7 @@ def plan_screen(model: Model, rig: Rig, plan: Plan, command: str | None, width: 
     if plan.warnings:
         parts += [Text(), *(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)]
     if command is not None:
+        command = one_line(command, 10 * len(command))  # to be read: a file's name is nothing to the terminal
         parts += [Text(), Text("Command", style="bold"), Padding(Text(command, overflow="fold"), (0, 0, 0, 2))]
     return Group(*parts)
 

@@ -1,0 +1,167 @@
+"""What launches leave behind that could not end in peace: killed with SIGKILL, or with the machine.
+
+Whoever lists, launches or stops does this first. Only what a record of this user names is touched, and only while the
+lock of its launch is held by nobody: processes by their start as well as their number, directories below our own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from mgpu.launch.identity import Identity, is_running, send
+from mgpu.launch.leftovers import Leftovers
+from mgpu.launch.locks import is_held
+from mgpu.launch.places import state_dirs
+from mgpu.launch.records import End, Record
+from mgpu.launch.store import Seen, forget, launches, rewrite
+
+_GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL, as for a child
+_POLL_S: Final = 0.02
+_UNDO_S: Final = 5.0  # a service that does not answer has no more to give back
+_KEPT_S: Final = 7 * 86400.0  # how a launch ended is told for a week
+_PRIVATE: Final = re.compile(r"(?:run|proxy)-[A-Za-z0-9_-]+")
+_KILLED: Final = 7  # exit code of what died
+
+_DRAFT: Final = re.compile(r"\..+\.([0-9]{1,9})")
+
+
+def heal(*, now: float | None = None) -> tuple[Seen, ...]:
+    """Put right what is not, and return what is left: launches that live, and those whose end is worth telling."""
+    now = time.time() if now is None else now
+    left = tuple(kept for seen in launches() if (kept := _healed(seen, now)) is not None)
+    for state in state_dirs():
+        _remove_drafts(state / "launches")
+    return left
+
+
+def _healed(seen: Seen, now: float) -> Seen | None:
+    if seen.alive:
+        return seen
+    record = seen.record
+    if record is None:
+        forget(seen)
+        return None
+    if record.end is not None:
+        if abs(now - record.end.at) > _KEPT_S:  # also where the clock has been set back
+            forget(seen)
+            return None
+        return seen
+    _clean_up(record, seen.folder.parent)
+    if not record.detached:
+        forget(seen)
+        return None
+    end = End(
+        exit_code=_KILLED,
+        message=f"mgpu itself was killed, or the machine went down; {record.runtime or 'its runtime'} was ended, too",
+        at=now,
+    )
+    told = replace(record, state="failed", end=end, runtimes=(), directories=(), after=(), undo=(), cards=(), ports=())
+    rewrite(seen, told)
+    return replace(seen, record=told)
+
+
+def _clean_up(record: Record, state: Path) -> None:
+    """End its runtimes, with all that these started, then remove their files."""
+    leftovers = Leftovers(record.leaves)
+    families = [_Orphan(identity) for identity in record.runtimes if is_running(identity)]
+    leftovers.look(pid for orphan in families for pid in orphan.pids)
+    for orphan in families:
+        orphan.end()
+    leftovers.clear(by_itself=True)
+    for argv in record.after:
+        _run(argv)
+    _undo(record)
+    for name in record.directories:
+        path = Path(name)
+        if path.parent in {state, *state_dirs()} and _PRIVATE.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class _Orphan:
+    """A runtime whose mgpu has gone."""
+
+    def __init__(self, identity: Identity) -> None:
+        from mgpu.launch.tree import Tree  # psutil: 12 ms
+
+        self._identity = identity
+        self._family = Tree(identity.pid)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return (self._identity.pid, *self._family.pids)
+
+    def end(self) -> None:
+        send(self._identity, signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        while self._any_left() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if is_running(self._identity):
+            with suppress(OSError):
+                os.killpg(self._identity.pid, signal.SIGKILL)  # each was started in a session of its own
+            send(self._identity, signal.SIGKILL)
+        self._family.kill()
+
+    def _any_left(self) -> bool:
+        return is_running(self._identity) or self._family.any_alive()
+
+
+def _run(argv: tuple[str, ...]) -> None:
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            timeout=60,
+            check=False,
+        )
+
+
+def _undo(record: Record) -> None:
+    """Give models back to services, unless another launch uses the same one: then that will."""
+    if not record.undo:
+        return
+    from mgpu.launch.http import Caller
+    from mgpu.service import Call
+
+    others = (seen.record for seen in launches() if seen.alive and seen.record is not None)
+    wanted = {(one.url, str(one.body)) for other in others for one in other.undo}
+    with closing(Caller()) as caller:
+        for one in record.undo:
+            if (one.url, str(one.body)) not in wanted:
+                caller.ask(Call(method=one.method, url=one.url, body=one.body, timeout_s=_UNDO_S))
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Texts of a record whose writer was killed before they were in place; and locks nobody holds or will."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - names are all it takes
+    except OSError:
+        return
+    for name in names:
+        match = _DRAFT.fullmatch(name)
+        orphaned = name.endswith(".lock") and f"{name.removesuffix('.lock')}.json" not in names
+        if (match and not _lives(int(match[1]))) or (orphaned and not is_held(folder / name)):
+            with suppress(OSError):
+                (folder / name).unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
