@@ -12,6 +12,7 @@ FOLDER/server          more arguments for the FAKE llama-server
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -22,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import fake_llama_server
 from fake_llama_server import log
@@ -50,10 +50,11 @@ class Cards:
         found = [self.words[at + 1] for at, word in enumerate(self.words[:-1]) if word == flag]
         return found[-1] if found else default
 
-    def load(self, _options: Any) -> None:
+    def load(self, options: argparse.Namespace) -> None:
+        del options
         weights = Path(self.option("--model")).stat().st_size
         ctx = int(self.option("-c") or self.option("--ctx-size", "4096"))
-        on_cards = min(int(self.option("--gpu-layers", "0")), LAYERS) / LAYERS
+        on_cards = min(int(self.option("--n-gpu-layers", "0")), LAYERS) / LAYERS
         log("load_model: loading model")
         self.wait("weights")
         for number, share in enumerate(self.shares()):
@@ -76,9 +77,8 @@ class Cards:
         uuid = self.uuids[number]
         with self.lock():
             if size + beside > self.free(number):
-                log(
-                    f"alloc_buffer: allocating {size / MIB:.2f} MiB on device {number}: cudaMalloc failed: out of memory"
-                )
+                asked = f"allocating {size / MIB:.2f} MiB on device {number}"
+                log(f"alloc_buffer: {asked}: cudaMalloc failed: out of memory")
                 log(f"alloc_tensor_range: failed to allocate CUDA{number} buffer of size {size}")
                 log("llama_model_load: error loading model: unable to allocate CUDA buffer")
                 log("exiting due to model loading error")
@@ -124,7 +124,7 @@ def main() -> None:
     cards = Cards(folder, words)
     more = folder / "server"
     sys.argv = [sys.argv[0], "--port", cards.option("--port"), *shlex.split(more.read_text() if more.exists() else "")]
-    fake_llama_server._load = cards.load  # noqa: SLF001 - the other half of the same fake
+    fake_llama_server._load = cards.load  # the other half of the same fake
     fake_llama_server.main()
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,18 +210,30 @@ class Started:
         return self.process.wait(within)
 
 
-def wait_for(condition: Callable[[], object], otherwise: str | Callable[[], str], within: float = _PATIENCE_S) -> None:
+def wait_for(
+    condition: Callable[[], object], otherwise: str | Callable[[], object], within: float = _PATIENCE_S
+) -> None:
     """Until it is so. AssertionError where it does not come to that."""
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(otherwise if isinstance(otherwise, str) else otherwise())
+            raise AssertionError(otherwise if isinstance(otherwise, str) else str(otherwise()))
         time.sleep(0.02)
 
 
 def listening() -> set[tuple[str, int]]:
     """Who listens anywhere on this machine, as far as we may know."""
-    return {tuple(one.laddr) for one in psutil.net_connections(kind="inet") if one.status == psutil.CONN_LISTEN}
+    return {
+        (str(one.laddr[0]), int(one.laddr[1]))
+        for one in psutil.net_connections(kind="inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+
+
+def free_port() -> int:
+    """One that nobody is likely to take next: not from 8080 up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def descriptors(pid: int) -> int:

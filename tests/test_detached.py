@@ -359,7 +359,7 @@ def test_a_state_directory_that_is_not_there_is_made_for_us_alone(house: House) 
 
 
 def test_started_again_when_it_dies_and_stopped_while_it_waits(house: House) -> None:
-    settings = {"mgpu.running._PAUSES_S": [0.1, 60.0]}
+    settings = {"mgpu.decide.restarts.PAUSES_S": [0.1, 60.0]}
     done = house.call(
         "run", house.model, "--detach", "--restart", "on-failure", "--name", "chat", env=house.tuned(settings)
     )

@@ -23,7 +23,7 @@ from typing import Final
 import pytest
 
 from fakenvml.machine import Machine, rtx_3090
-from launching import FAST, House, Started, ask, descriptors, listening, wait_for
+from launching import FAST, House, Started, ask, descriptors, free_port, listening, wait_for
 
 _KILLED_SERVING: Final = "llama-server was killed by SIGKILL (out of memory?) while it was serving"
 _OURSELVES: Final = "mgpu itself was killed, or the machine went down; llama.cpp was ended, too"
@@ -34,7 +34,7 @@ MISMATCH: Final = 18
 
 def _serving(house: House, *more: str, **env: str) -> Started:
     """A launch in the foreground that is ready, its looks a tenth of a second apart."""
-    running = house.run(*more, env=house.tuned(**env))
+    running = house.run(*more, env=house.tuned(FAST, **env))
     running.until("Ctrl-C stops it")
     return running
 
@@ -239,7 +239,7 @@ def test_health_that_is_slow(house: House) -> None:
 
 
 def test_health_that_hangs_ends_a_launch_that_may_start_again(house: House) -> None:
-    settings = {**FAST, "mgpu.launch.keeper._STUCK_S": 0.5, "mgpu.running._PAUSES_S": [0.1]}
+    settings = {**FAST, "mgpu.launch.keeper._STUCK_S": 0.5, "mgpu.decide.restarts.PAUSES_S": [0.1]}
     house.detach("--name", "chat", "--restart", "on-failure", env=house.tuned(settings))
     first = house.launch()["runtime_pids"]
     house.mood.write_text("hang")
@@ -272,8 +272,7 @@ def test_the_port_stolen_between_check_and_bind(house: House) -> None:
 
 
 def test_the_port_that_was_asked_for_stolen(house: House) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = free_port()
     flag = house.folder / "steal"
     running = house.run("--port", str(port), env={"FAKE_SERVER": f"--steal {shlex.quote(str(flag))}"})
     wait_for(flag.exists, "never started")
@@ -438,7 +437,7 @@ def test_the_disk_is_full_before(house: House, namespace: Namespace) -> None:
     """It cannot be kept, and is launched all the same."""
     inside = namespace(_tmpfs(house))
     _fill(house, inside)
-    running = house.run("--name", "chat", env=house.tuned(), inside=inside)
+    running = house.run("--name", "chat", "--port", str(free_port()), env=house.tuned(), inside=inside)
     running.until("Ctrl-C stops it")
     assert "No space left on device: `mgpu ps` may not show it as it is\n" in running.said
     listed = house.call("ps", inside=inside)
@@ -453,7 +452,7 @@ def test_the_disk_is_full_before(house: House, namespace: Namespace) -> None:
 def test_the_disk_is_full_and_it_is_stopped_by_its_name(house: House, namespace: Namespace) -> None:
     inside = namespace(_tmpfs(house))
     _fill(house, inside)
-    running = house.run("--name", "chat", env=house.tuned(), inside=inside)
+    running = house.run("--name", "chat", "--port", str(free_port()), env=house.tuned(), inside=inside)
     running.until("Ctrl-C stops it")
     assert house.call("stop", "chat", inside=inside).stderr == "stopped chat\n"
     assert running.end() == 130
@@ -463,7 +462,7 @@ def test_the_disk_is_full_and_it_is_stopped_by_its_name(house: House, namespace:
 def test_the_disk_fills_up_while_serving(house: House, namespace: Namespace) -> None:
     """The record stays as it was; log and report are what they can be; how it ends is said."""
     inside = namespace(_tmpfs(house))
-    running = house.run("--name", "chat", env=house.tuned(), inside=inside)
+    running = house.run("--name", "chat", "--port", str(free_port()), env=house.tuned(), inside=inside)
     running.until("Ctrl-C stops it")
     _fill(house, inside)
     house.mood.write_text("sick")
@@ -482,8 +481,18 @@ def test_the_disk_fills_up_while_serving(house: House, namespace: Namespace) -> 
 def test_the_disk_fills_up_under_a_detached_launch(house: House, namespace: Namespace) -> None:
     """Its own log is lost, and with it nothing else: it is started again, and stopped."""
     inside = namespace(_tmpfs(house))
-    settings = {**FAST, "mgpu.running._PAUSES_S": [0.1]}
-    arguments = ("run", house.model, "--detach", "--name", "chat", "--restart", "on-failure")
+    settings = {**FAST, "mgpu.decide.restarts.PAUSES_S": [0.1]}
+    arguments = (
+        "run",
+        house.model,
+        "--detach",
+        "--name",
+        "chat",
+        "--restart",
+        "on-failure",
+        "--port",
+        str(free_port()),
+    )
     done = house.call(*arguments, env=house.tuned(settings), inside=inside)
     assert done.returncode == 0, done.stderr
     (first,) = house.runtimes()
@@ -500,7 +509,7 @@ def test_a_read_only_home(house: House, namespace: Namespace) -> None:
     house.state.mkdir(parents=True, mode=0o700)
     state = shlex.quote(str(house.state))
     inside = namespace(f"mount -t tmpfs -o mode=0700,ro tmpfs {state}")
-    running = house.run("--name", "chat", env=house.tuned(), inside=inside)
+    running = house.run("--name", "chat", "--port", str(free_port()), env=house.tuned(), inside=inside)
     running.until("Ctrl-C stops it")
     assert (
         f"  note: cannot write to {house.state}: logs and launches are kept in {house.temporary}/mgpu-" in running.said
@@ -517,7 +526,20 @@ def test_nothing_can_be_written_anywhere(house: House, namespace: Namespace) -> 
     read_only = f"for at in {places}; do mount --bind $at $at && mount -o remount,ro,bind $at || exit 1; done; cd /proc"
     inside = namespace(read_only)
     running = Started(
-        (*inside, "sh", "-c", 'cd /proc; exec "$@"', "-", sys.executable, "-m", "mgpu", "run", house.model),
+        (
+            *inside,
+            "sh",
+            "-c",
+            'cd /proc; exec "$@"',
+            "-",
+            sys.executable,
+            "-m",
+            "mgpu",
+            "run",
+            house.model,
+            "--port",
+            str(free_port()),
+        ),
         {**house.env, **house.tuned()},
     )
     house.keep(running)
@@ -535,17 +557,17 @@ def test_a_log_of_months_is_shortened(house: House) -> None:
     house.detach("--name", "chat", env=house.tuned())
     log = Path(house.launch()["log"])
     os.truncate(log, 64 << 20)
-    with log.open("r+") as file:
+    with log.open("rb+") as file:
         file.seek(-100, os.SEEK_END)
-        file.write("\n" * 82 + "a line of before\n")
+        file.write(b"\n" * 83 + b"a line of before\n")
     following = house.start("logs", "chat", "-f")
     following.until("a line of before")
     with log.open("a") as file:
         file.write("one too many\n")
-    wait_for(lambda: log.stat().st_size < 10 << 20, "never shortened")
+    wait_for(lambda: 1 << 20 < log.stat().st_size < 10 << 20, "never shortened")
     text = log.read_bytes()
     assert text.startswith(b"(what was here before has been removed: the log was longer than 64 MiB)\n")
-    assert text.endswith(b"\na line of before\n\0one too many\n")
+    assert text.endswith(b"\na line of before\none too many\n")
     with log.open("a") as file:
         file.write("a line of now\n")
     following.until("a line of now")

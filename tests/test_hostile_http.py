@@ -185,7 +185,7 @@ class TestHostile:
 
     def test_a_runtime_that_is_asked_for_a_token(self, name: str) -> None:
         with serving(BEHAVIOURS[name]) as port:
-            said(lambda: Client(command(port), None).generate_one() or pytest.fail("a token"), RuntimeFailedError)
+            said(lambda: Client(command(port), None).generate_one(timeout_s=1.0) or pytest.fail("a token"), RuntimeFailedError)
 
     def test_a_runtime_that_is_measured(self, name: str) -> None:
         load = measure.Load(n_prompt=8, n_gen=4, repetitions=1, n_vocab=32)

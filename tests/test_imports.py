@@ -31,6 +31,7 @@ FLOORS: Final = (
         "mgpu.runtimes",
         "mgpu.doctor",
         "mgpu.auto",
+        "mgpu.remade",
         "mgpu.running",
         "mgpu.launches",
         "mgpu.unit",

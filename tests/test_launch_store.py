@@ -285,7 +285,10 @@ def test_claims_leave_less_of_a_card_and_say_so() -> None:
     left = with_claims(rig, taken)
     assert [gpu.free_bytes for gpu in left.gpus] == [23 * GIB, 3 * GIB]
     assert left.ram_free_bytes == 0
-    assert [finding.text for finding in left.findings] == [f"GPU 1: 20.0 GiB of it are {why}"]
+    assert [finding.text for finding in left.findings] == [
+        f"GPU 1: 20.0 GiB of it are {why}",
+        f"RAM: 90.0 GiB of it are {why}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -395,6 +395,8 @@ def _end(error: MgpuError) -> NoReturn:
         click.echo(f"mgpu: {error.message}", err=True)
         if error.hint:
             click.echo(f"      {error.hint}", err=True)
+        if isinstance(error, RuntimeFailedError) and error.report:
+            click.echo(f"      report, ready to paste into an issue: {error.report}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()
     sys.exit(error.exit_code)

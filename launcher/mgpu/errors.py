@@ -65,7 +65,7 @@ class RuntimeMissingError(MgpuError):
 
 
 class RuntimeFailedError(MgpuError):
-    """The runtime did not start, or died. `log_tail` holds its last lines."""
+    """The runtime did not start, or died. `log_tail` holds its last lines; `report`: the file that has all of it."""
 
     exit_code = 7
     code = "runtime-failed"
@@ -73,6 +73,7 @@ class RuntimeFailedError(MgpuError):
     def __init__(self, message: str, *, hint: str = "", log_tail: tuple[str, ...] = ()) -> None:
         super().__init__(message, hint=hint)
         self.log_tail = log_tail
+        self.report = ""
 
 
 class OutOfMemoryError(RuntimeFailedError):

@@ -33,7 +33,7 @@ def remade(whole: Decided, old: Plan) -> Decided | None:
 
 
 def difference(new: Plan, old: Plan) -> str:
-    """What is other than before, in a few words: "context 4096 instead of 8192, as no --ctx was given"."""
+    """What is other than before, in a few words: "context 4096 instead of 8192, as no --ctx was given"; or nothing."""
     if new.placement == "offload" and old.placement != "offload":
         return "with the CPU's help"
     if new.placement == "cpu" and old.placement != "cpu":
@@ -43,7 +43,9 @@ def difference(new: Plan, old: Plan) -> str:
         return f"on GPU {indices(new.layout.gpus)} {instead}"
     if new.ctx < old.ctx:
         return f"context {new.ctx} instead of {old.ctx}, as no --ctx was given"
-    return "with less on the cards"
+    if new.ctx != old.ctx:
+        return f"context {new.ctx} instead of {old.ctx}"
+    return "with more on the CPU" if _on_host(new) > _on_host(old) else ""
 
 
 def _is_as_good(plan: Plan, old: Plan) -> bool:

@@ -21,6 +21,7 @@ from mgpu import __version__, commands
 from mgpu.commands import Decided
 from mgpu.decide.claims import Claim, card_key
 from mgpu.decide.learnt import learnt, merged
+from mgpu.decide.restarts import LONG_S, MOST, Restarts
 from mgpu.errors import InterruptedLaunchError, MgpuError, OutOfMemoryError, RuntimeFailedError
 from mgpu.launch.detached import Tether
 from mgpu.launch.foreground import launch_plan
@@ -35,7 +36,6 @@ from mgpu.launch.store import Entry, enter, name_for, planning
 from mgpu.launch.verify import Launched
 from mgpu.remade import difference, remade
 from mgpu.request import Request
-from mgpu.restarts import LONG_S, MOST, Restarts
 
 _REMADE: Final = 2  # plans after the first one, when memory runs out
 
@@ -219,7 +219,7 @@ class _Run:
         self.remade += 1
         say(sys.stderr, f"mgpu: {error.message}")
         try:
-            self._again(f"planned anew (try {self.remade + 1} of {_REMADE + 1}): ")
+            self._again(f" (try {self.remade + 1} of {_REMADE + 1})")
         except InterruptedLaunchError:
             raise
         except MgpuError as refused:
@@ -236,9 +236,10 @@ class _Run:
             other = remade(whole, old) if self.learnt else whole
             commands.stop_if_refused((other or whole).plan)
             self._take(other or whole)
-        new = self.decided.plan
-        say(sys.stderr, f"  {words}{difference(new, old)}" if words else f"  planned anew: {difference(new, old)}")
-        commands.explain(self.decided)
+        differs = difference(self.decided.plan, old)
+        if words or differs:
+            say(sys.stderr, f"  planned anew{words}: {differs or 'as before'}")
+            commands.explain(self.decided)
 
     def _restart(self, error: RuntimeFailedError) -> bool:
         """Start it again after a pause, however often that takes; False: it has failed too often."""
@@ -295,9 +296,9 @@ class _Run:
 
     def _end(self, error: MgpuError) -> NoReturn:
         """It is over. One that nobody watches leaves word of how."""
-        report = self._report(error) if isinstance(error, RuntimeFailedError) else ""
-        if report:
-            say(sys.stderr, f"  report, ready to paste into an issue: {report}")
+        report = ""
+        if isinstance(error, RuntimeFailedError):
+            error.report = report = self._report(error)
         if self.entry.record.detached and self.tether is None:
             end = End(exit_code=error.exit_code, message=error.message, hint=error.hint, at=time.time(), report=report)
             over = {"runtimes": (), "directories": (), "cards": (), "ports": (), "after": (), "undo": ()}
@@ -306,6 +307,8 @@ class _Run:
         raise error
 
     def _report(self, error: RuntimeFailedError) -> str:
+        if not self.entry.record.runtimes and self.decided.attachment is None:
+            return ""  # nothing has run: there is nothing to tell
         from mgpu.launch.crash import keep_report
 
         said = [] if self.keeper is None else self.keeper.said
@@ -351,6 +354,7 @@ def _record(decided: Decided, wish: Wish) -> Record:
         users=plan.users,
         cards=planned_cards(plan, keys),
         promised_host=plan.host.memory.total,
+        ram_planned=plan.host.memory.total,
         started=time.time(),
     )
 

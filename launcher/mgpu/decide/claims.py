@@ -9,13 +9,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.rig import Finding, Gpu, Rig
-from mgpu.units import MIB, gib
+from mgpu.units import MIB, gib, gib_of
 
 #: Claims on RAM have this for a card.
 HOST: Final = "host"
 
-#: Less than this is not worth a word.
+#: Less than this is not worth a word: of a card, and of the RAM that is free.
 _WORTH_A_WORD: Final = 64 * MIB
+_WORTH_A_WORD_OF_RAM: Final = 0.05
 
 
 class Claim(Struct, frozen=True, kw_only=True):
@@ -51,13 +52,14 @@ def with_claims(rig: Rig, claims: Sequence[Claim]) -> Rig:
 
 def _left(key: str, name: str, free: int, claims: Sequence[Claim], findings: list[Finding]) -> int:
     ours = [claim for claim in claims if claim.key == key and claim.n_bytes > 0]
+    worth_a_word = max(_WORTH_A_WORD, _WORTH_A_WORD_OF_RAM * free if key == HOST else 0)
     for claim in ours:
         if not claim.leaves:
             free = max(free - claim.n_bytes, 0)
-            if claim.n_bytes >= _WORTH_A_WORD:
+            if claim.n_bytes >= worth_a_word:
                 findings.append(Finding(text=f"{name}: {gib(claim.n_bytes)} of it are {claim.why}"))
     limit = min((claim for claim in ours if claim.leaves), key=lambda claim: claim.n_bytes, default=None)
     if limit is None or limit.n_bytes >= free:
         return free
-    findings.append(Finding(text=f"{name}: planned with {gib(limit.n_bytes)} of {gib(free)}, as {limit.why}"))
+    findings.append(Finding(text=f"{name}: planned with {gib_of(limit.n_bytes, free)}, as {limit.why}"))
     return limit.n_bytes

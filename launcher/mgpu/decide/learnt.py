@@ -23,7 +23,7 @@ _CPU: Final = "CPU"
 _WHY: Final = "it ran out of memory with more"
 
 
-def learnt(  # noqa: PLR0913 - figures of one failure, all by keyword
+def learnt(
     plan: Plan,
     *,
     keys: Mapping[int, str],
@@ -34,9 +34,9 @@ def learnt(  # noqa: PLR0913 - figures of one failure, all by keyword
 ) -> tuple[Claim, ...]:
     """What to leave to the next plan of the devices that `plan` has found too small.
 
-    `keys`: of the rig's cards by index (`mgpu.decide.claims.card_key`). `names`: the runtime's, of the plan's devices in
-    order. `short`: those that were too small, by these names; empty where nobody says which. `asked_bytes`: what it had
-    there and wanted beside that, 0 where it does not say; `tries`: how often this has happened.
+    `keys`: of the rig's cards by index (`mgpu.decide.claims.card_key`). `names`: the runtime's, of the plan's devices
+    in order. `short`: those that were too small, by these names; empty where nobody says which. `asked_bytes`: what it
+    had there and wanted beside that, 0 where it does not say; `tries`: how often this has happened.
     """
     return tuple(_learnt(plan, keys, names, short, asked_bytes, tries))
 

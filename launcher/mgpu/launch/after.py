@@ -12,6 +12,7 @@ from mgpu.detect.host import read_host
 from mgpu.detect.live import CardNow, read_now
 from mgpu.launch.background import Background
 from mgpu.launch.spill import HostSeen, Place, judge
+from mgpu.launch.verify import Reported
 from mgpu.plan import Plan
 from mgpu.rig import Gpu
 from mgpu.units import gib
@@ -55,11 +56,16 @@ def compare(
     return judge(plans, gpus, before=before.cards, after=after, host=host, pids=pids)
 
 
-def held_lines(places: Collection[Place]) -> tuple[str, ...]:
-    """What is said of it: what the cards hold, where that is known, and what should not be so."""
-    known = [place for place in places if place.held_bytes is not None]
-    words = (f"{gib(place.held_bytes or 0)} of GPU {place.gpu} ({gib(place.planned_bytes)} planned)" for place in known)
-    lines = [f"  holds {', '.join(words)}"] if known else []
+def held_lines(places: Collection[Place], reported: Mapping[int, Reported]) -> tuple[str, ...]:
+    """What is said of it: what the cards hold, by the driver or else by the runtime, and what should not be so."""
+    words: list[str] = []
+    for place in places:
+        told = reported.get(place.gpu)
+        if place.held_bytes is not None:
+            words.append(f"{gib(place.held_bytes)} of GPU {place.gpu} ({gib(place.planned_bytes)} planned)")
+        elif told is not None:
+            words.append(f"{gib(told.n_bytes)} of GPU {place.gpu} ({gib(told.planned)} planned, less the driver's)")
+    lines = [f"  holds {', '.join(words)}"] if words else []
     for place in places:
         if place.warning:
             lines += [f"  warning: {place.warning}", f"           {place.hint}"]

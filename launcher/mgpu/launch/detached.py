@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError
 from mgpu.launch.background import Background
@@ -103,7 +103,7 @@ def _without_key(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 class _Lossy(io.FileIO):
     """A log whose disk may be full: what has no room there is lost, and nothing else with it."""
 
-    def write(self, data: Buffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         with suppress(OSError):
             super().write(data)
         return memoryview(data).nbytes
@@ -111,7 +111,7 @@ class _Lossy(io.FileIO):
 
 def _lossy(descriptor: int) -> io.TextIOWrapper:
     raw = _Lossy(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[arg-type]
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
 class Tether:

@@ -12,7 +12,7 @@ from mgpu.launch.logs import new_log
 from mgpu.launch.progress import say
 from mgpu.launch.serve import Launch, Ready, serve
 from mgpu.launch.signals import StopSignals
-from mgpu.launch.verify import Launched, default_log, keep, measure
+from mgpu.launch.verify import Launched, default_log, keep, measure, reported
 
 
 def launch_plan(  # noqa: PLR0913 - all by keyword, from the one run that has them
@@ -32,7 +32,8 @@ def launch_plan(  # noqa: PLR0913 - all by keyword, from the one run that has th
     model, request = launched.model, launched.request
 
     def settle(ready: Ready) -> None:
-        held = keeper.ready(ready.command.endpoint, str(ready.log_path), (ready.pid,))
+        told = reported(launched.plan, ready.command.devices, ready.buffers)
+        held = keeper.ready(ready.command.endpoint, str(ready.log_path), (ready.pid,), told)
         for line in ready_lines(launched, ready, held=held, stays=stays):
             say(sys.stderr, line)
         on_ready()

@@ -26,11 +26,16 @@ from mgpu.launch.records import Card, State, Undo
 from mgpu.launch.signals import StopSignals
 from mgpu.launch.stats import Tally
 from mgpu.launch.store import Entry, choosing_ports, taken_ports
+from mgpu.launch.verify import Reported
 from mgpu.plan import DevicePlan, Plan
 from mgpu.rig import Gpu
 from mgpu.service import Attachment, Undone
 
 _STUCK_S: Final = 120.0  # a look that takes longer is worth a word; unwell for longer is a failure, if it may restart
+_NOTHING: Final[Mapping[int, Reported]] = {}
+#: In a record, before a try: the ones before it have ended, and left nothing.
+_NOTHING_STARTED: Final[Mapping[str, tuple[()]]] = {"runtimes": (), "directories": (), "leaves": (), "after": ()}
+
 _MOST_SAID: Final = 50  # of the last things said, kept for a report
 
 
@@ -81,7 +86,7 @@ class Keeper(Care):
             taken = taken_ports(but=self.entry.record.name)
             port = free_port(host, wanted=wanted, start=self._first(start), taken=taken)
             self._tell_moved(port)
-            self.entry.change(ports=(port,), runtimes=(), directories=())
+            self.entry.change(ports=(port,), **_NOTHING_STARTED)
         self._before = look_before(self._kept.gpus)
         return port
 
@@ -92,7 +97,7 @@ class Keeper(Care):
             ports = choose_ports(host, wanted, n_members, proxied=proxied, start=self._first(start), taken=taken)
             self._tell_moved(ports.front)
             own = dict.fromkeys((ports.front, *ports.members))
-            self.entry.change(ports=tuple(own), runtimes=(), directories=())
+            self.entry.change(ports=tuple(own), **_NOTHING_STARTED)
         self._before = look_before(self._kept.gpus)
         return ports
 
@@ -138,10 +143,13 @@ class Keeper(Care):
         if cards != self.entry.record.cards:
             self.entry.change(cards=cards)
 
-    def ready(self, endpoint: str, log: str, roots: Sequence[int] = ()) -> tuple[str, ...]:
+    def ready(
+        self, endpoint: str, log: str, roots: Sequence[int] = (), reported: Mapping[int, Reported] = _NOTHING
+    ) -> tuple[str, ...]:
         """It answers: all that it was promised is its own now. Returns what there is to say of its memory.
 
-        `roots`: the processes that were started, one for each part of the plan.
+        `roots`: the processes that were started, one for each part of the plan. `reported`: by the runtime itself, by
+        rig index.
         """
         self._looked_at = self._worked_at = self._clock()
         cards = tuple(_taken(card, card.planned) for card in self.entry.record.cards)
@@ -150,11 +158,13 @@ class Keeper(Care):
         if self._before is None or not roots:
             return ()
         places = compare(self._before, self._kept.parts, self._kept.gpus, roots, os.environ)
+        told = {gpu: one for gpu, one in reported.items() if one.n_bytes}
+        self.entry.change(cards=tuple(_reported(card, told.get(card.gpu)) for card in self.entry.record.cards))
         self._hold({place.gpu: place.held_bytes for place in places if place.held_bytes is not None})
         warned = next((place.warning for place in places if place.warning), "")
         if warned:
             self.entry.change(said=warned)
-        return held_lines(places)
+        return held_lines(places, reported)
 
     def _hold(self, held: Mapping[int, int]) -> None:
         """What each card (by rig index) really holds for this launch; of those that nobody tells, what was known."""
@@ -212,13 +222,14 @@ class Keeper(Care):
 
     def _note(self, seen: Look, started: Sequence[Started], now: float) -> None:
         """What is seen, for `mgpu ps`."""
-        from mgpu.launch.tree import family  # psutil: imported by then
+        from mgpu.launch.tree import family, rss_bytes  # psutil: imported by then
 
         state: State = "ready" if self._vitals.unwell_since is None else "unwell"
         pids = {pid for watch, _ in started for pid in family(watch.child.pid)}
         held = {card.index: own for card in seen.cards if (own := _own(card.by_pid, pids)) is not None}
         self._hold(held)
-        self.entry.change(state=state, work=self._tally.work(now))
+        resident = sum(rss_bytes(pid) for pid in pids)
+        self.entry.change(state=state, work=self._tally.work(now), ram_held=resident)
         self._tell_flaw()
 
     def _judge(self) -> None:
@@ -250,6 +261,10 @@ def planned_cards(plan: Plan, keys: dict[int, str]) -> tuple[Card, ...]:
 
 def _card(device: DevicePlan, key: str) -> Card:
     return Card(key=key, gpu=device.gpu, name=device.name, planned=device.memory.total)
+
+
+def _reported(card: Card, told: Reported | None) -> Card:
+    return card if told is None else replace(card, reported=told.n_bytes, reported_planned=told.planned)
 
 
 def _taken(card: Card, n_bytes: int) -> Card:

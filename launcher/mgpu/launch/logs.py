@@ -20,6 +20,7 @@ _TAIL: Final = 64 << 10  # bytes in which the last lines are looked for
 
 LONGEST: Final = 64 << 20  # bytes of a log
 _KEPT_END: Final = 8 << 20
+_KNOWN: Final = 256  # bytes by which a reader finds its place again
 _SHORTENED: Final = b"(what was here before has been removed: the log was longer than 64 MiB)\n"
 
 _ESCAPE: Final = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -41,7 +42,8 @@ class LogTail:
 
     def __init__(self, path: Path, *, start: int = 0) -> None:
         self._file = path.open("rb", buffering=0)
-        self._file.seek(start)
+        self._file.seek(max(start - _KNOWN, 0))
+        self._last = self._file.read(min(start, _KNOWN)) or b""  # what was read last, to be found again
         self._partial = b""
         self._was_cut = False
 
@@ -50,11 +52,12 @@ class LogTail:
 
     def _skip_known(self) -> None:
         """One that was shortened begins with lines that were read before."""
-        self._was_cut, self._partial = False, b""
-        if self._file.read(len(_SHORTENED)) == _SHORTENED:
-            self._file.seek(0, os.SEEK_END)
-        else:
-            self._file.seek(0)
+        self._was_cut = False
+        begin = self._file.read(_KEPT_END + _CHUNK) or b""
+        known = begin.rfind(self._last) if begin.startswith(_SHORTENED) and self._last else -1
+        if known < 0:
+            self._partial = b""
+        self._file.seek(known + len(self._last) if known >= 0 else 0)
 
     @property
     def size(self) -> int:
@@ -67,7 +70,9 @@ class LogTail:
             self._was_cut = True
         if self._was_cut and self.size:
             self._skip_known()
-        *lines, partial = (self._partial + (self._file.read(_CHUNK) or b"")).split(b"\n")
+        piece = self._file.read(_CHUNK) or b""
+        self._last = (self._last + piece)[-_KNOWN:]
+        *lines, partial = (self._partial + piece).split(b"\n")
         self._partial = partial[:_MAX_LINE]
         return [_clean(line[:_MAX_LINE]) for line in lines]
 

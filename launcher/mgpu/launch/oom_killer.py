@@ -1,7 +1,7 @@
 """Whether the kernel has killed somebody for want of RAM since a process was started.
 
-A process that it kills cannot say so itself. Linux counts: for the machine in /proc/vmstat (`oom_kill`, since 4.13), and
-for each control group in memory.events (version 2) or memory.oom_control (version 1), which containers may read.
+A process that it kills cannot say so itself. Linux counts: for the machine in /proc/vmstat (`oom_kill`, since 4.13),
+and for each control group in memory.events (version 2) or memory.oom_control (version 1), which containers may read.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ MOST_BYTES: Final = 1 << 20
 class Card(Struct, frozen=True, kw_only=True):
     """One card of the plan. `key` as in `mgpu.decide.claims`; `held`: what it holds by now, None where nobody tells.
 
+    `reported`: by the runtime itself, which sees less than a driver; `reported_planned`: the same of the plan.
     `taken`: of `planned`, what is not free any more: all of it once the runtime is ready.
     """
 
@@ -37,6 +38,8 @@ class Card(Struct, frozen=True, kw_only=True):
     planned: int = 0
     taken: int = 0
     held: int | None = None
+    reported: int | None = None
+    reported_planned: int = 0
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -70,7 +73,8 @@ class Undo(Struct, frozen=True, kw_only=True):
 class Record(Struct, frozen=True, kw_only=True):
     """One launch. Times are seconds since 1970, to be shown; nothing is decided by them.
 
-    `promised_host`: bytes of RAM that are planned and not taken yet. `runtimes`: the processes started, a proxy among
+    `promised_host`: bytes of RAM that are planned and not taken yet. `ram_held`: what is resident of its processes, the
+    pages of the model's file among them; 0 where it was not looked at yet. `runtimes`: the processes started, a proxy among
     them. `directories`: private ones, to be removed with them. `leaves`: patterns of their shared memory; `after`:
     commands that end what they started elsewhere; `undo`: what a service is asked then. `said`: the last thing that
     went wrong, or went well again.
@@ -90,6 +94,8 @@ class Record(Struct, frozen=True, kw_only=True):
     users: int = 1
     cards: tuple[Card, ...] = ()
     promised_host: int = 0
+    ram_planned: int = 0
+    ram_held: int = 0
     endpoint: str = ""
     ports: tuple[int, ...] = ()
     log: str = ""

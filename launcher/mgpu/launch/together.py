@@ -17,7 +17,7 @@ from mgpu.launch.logs import LogPlace, new_log
 from mgpu.launch.progress import say
 from mgpu.launch.proxy import VARIABLE, Proxy
 from mgpu.launch.signals import StopSignals
-from mgpu.launch.verify import Launched
+from mgpu.launch.verify import Launched, Reported, reported
 
 _NAME: Final = 60  # characters of the model's name in a log's, so that the replica's own fits behind it
 
@@ -56,7 +56,10 @@ def launch_copies(  # noqa: PLR0913 - all by keyword, from the one run that has 
 
     def settle(ready: FleetReady) -> None:
         pids = [member.pid for member in ready.members]
-        held = keeper.ready(ready.command.endpoint, str(places[0].path), pids)
+        told: dict[int, Reported] = {}
+        for copy, member in zip(copies, ready.members, strict=True):
+            told |= reported(copy.launched.plan, member.command.devices, member.buffers)
+        held = keeper.ready(ready.command.endpoint, str(places[0].path), pids, told)
         for line in ready_lines(copies, ready, held=held, stays=stays):
             say(sys.stderr, line)
         on_ready()

@@ -83,6 +83,22 @@ def measure(plan: Plan, devices: Sequence[str], buffers: Sequence[Buffer]) -> tu
     return (*places, *host)
 
 
+class Reported(Struct, frozen=True, kw_only=True):
+    """What a runtime says that it holds of a card, and the same as planned: of its driver's share it says nothing."""
+
+    n_bytes: int
+    planned: int
+
+
+def reported(plan: Plan, devices: Sequence[str], buffers: Sequence[Buffer]) -> dict[int, Reported]:
+    """By rig index, of the cards it says something of."""
+    return {
+        place.gpu: Reported(n_bytes=sum(place.reported.values()), planned=sum(place.planned.values()))
+        for place in measure(plan, devices, buffers)
+        if place.gpu is not None and place.reported
+    }
+
+
 def _host(plan: Plan, buffers: Sequence[Buffer]) -> Iterator[Measured]:
     """What the runtime said of the host; mapped weights are pages of the file, and their buffers no measure of them."""
     reported = _sums(buffers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from rich import box
@@ -25,6 +25,10 @@ class Card(Protocol):
     def planned(self) -> int: ...
     @property
     def held(self) -> int | None: ...
+    @property
+    def reported(self) -> int | None: ...
+    @property
+    def reported_planned(self) -> int: ...
 
 
 class Work(Protocol):
@@ -67,6 +71,10 @@ class Launch(Protocol):
     @property
     def cards(self) -> Sequence[Card]: ...
     @property
+    def ram_planned(self) -> int: ...
+    @property
+    def ram_held(self) -> int: ...
+    @property
     def endpoint(self) -> str: ...
     @property
     def started(self) -> float: ...
@@ -94,7 +102,7 @@ def launches_screen(
     `now`: seconds since 1970.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("name", "state", "where", "memory", "tok/s", "users", "since"):
+    for heading in ("name", "state", "where", "held of planned", "tok/s", "users", "since"):
         table.add_column(heading, justify="right" if heading in _FIGURES else "left", overflow="fold")
     lines: list[Text] = []
     for name, alive, launch in launches:
@@ -115,17 +123,23 @@ def _row(name: str, launch: Launch, now: float) -> tuple[RenderableType, ...]:
         name,
         Text(state, style=_STYLES.get(launch.state, "")),
         f"{launch.runtime}\n{f'GPU {where}' if where else cpu}".strip(),
-        "\n".join(_memory(card) for card in launch.cards),
+        "\n".join(_memory(launch)),
         _speed(launch.work),
         _users(launch),
         age(now - (launch.ready or launch.started)),
     )
 
 
-def _memory(card: Card) -> str:
-    if card.held is None:
-        return f"{gib(card.planned)} planned"
-    return f"{gib_of(card.held, card.planned)} planned"
+def _memory(launch: Launch) -> Iterator[str]:
+    """Held and planned, a line for each card; RAM where there is no card."""
+    rows = [
+        (card.reported, card.reported_planned) if card.held is None and card.reported else (card.held, card.planned)
+        for card in launch.cards
+    ]
+    if not rows and launch.ram_planned:
+        rows = [(launch.ram_held or None, launch.ram_planned)]
+    for held, planned in rows:
+        yield f"- of {gib(planned)}" if held is None else gib_of(held, planned)
 
 
 def _speed(work: Work) -> str:
