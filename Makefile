@@ -1,11 +1,12 @@
 # Two commands for newcomers: `make demo` and `make test`. Both set up .venv first; nothing outside this folder changes.
 .POSIX:
 .SUFFIXES:
-.PHONY: demo test test-runtime test-vllm lint format docs clean
+.PHONY: demo test test-runtime test-vllm fuzz lint format docs clean
 
 VENV = .venv
 PY = $(VENV)/bin/python
 VLLM = .cache/vllm
+N = 200000
 MODEL = .cache/demo/gemma-3-270m-q4_k_m.gguf
 
 demo: $(VENV)/.demo $(MODEL)
@@ -26,6 +27,10 @@ test-vllm: $(VENV)/.test
 	else \
 		echo "test-vllm: skipped"; \
 	fi
+
+# Hostile input for every parser, N for each cheap one; what is found is kept in tests/fuzz/corpus (docs/fuzzing.md).
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests $(PY) -m fuzz -n $(N) --keep
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

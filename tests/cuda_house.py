@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from fake_build import build_program
 from fakenvml.machine import Machine, rtx_3090
-from launching import House, wait_for
+from launching import FAST, TUNED, House, wait_for
 
 GIB: Final = 1 << 30
 
@@ -36,11 +36,20 @@ class CudaHouse(House):
 
     def __init__(self, folder: Path, python_path: str, nvml: Path, header: Callable[[str], Path]) -> None:
         super().__init__(folder, python_path, nvml, header("Llama-3.1-8B-Instruct-Q4_K_M"))
+        self.python_path = python_path
         self.cards = folder / "cards"
         for name in ("held", "hidden", "extra", "gates"):
             (self.cards / name).mkdir(parents=True)
         self.server(build_program(_STARTED.format(server=_SERVER, folder=str(self.cards))))
         self.env["FAKE_NVML_HELD"] = str(self.cards / "held")
+        self.first_port = 20_000 + zlib.crc32(str(folder).encode()) % 30_000
+        self.env |= self.tuned({})
+
+    def tuned(self, settings: Mapping[str, Any] = FAST, **env: str) -> dict[str, str]:
+        """As in any house, with ports that no other house takes meanwhile."""
+        first = {f"mgpu.launch.{module}.FIRST_PORT": self.first_port for module in ("serve", "fleet", "keeper")}
+        path = f"{TUNED}{os.pathsep}{self.python_path}"
+        return {"PYTHONPATH": path, "MGPU_TUNED": json.dumps({**first, **settings}), **env}
 
     def has(self, *gib: float) -> None:
         """From now on the machine has cards of these sizes."""
@@ -61,6 +70,10 @@ class CudaHouse(House):
     def wants(self, number: int, gib: float) -> None:
         """The runtime takes this much more on a card than anybody could know."""
         (self.cards / "extra" / uuid_of(number)).write_text(str(int(gib * GIB)))
+
+    def eats(self, gib: float) -> None:
+        """The runtime takes this much RAM before anything else."""
+        (self.cards / "ram").write_text(str(int(gib * GIB)))
 
     def close_gate(self, name: str) -> None:
         """Runtimes stop there: before their `weights`, before their `cache`, before they `serve`."""
@@ -100,12 +113,3 @@ class CudaHouse(House):
 def after(argv: list[str], flag: str) -> str:
     """The value of a flag, the last one where it is given twice."""
     return [argv[at + 1] for at, word in enumerate(argv[:-1]) if word == flag][-1]
-
-
-def quick(house: House, **settings: float) -> Mapping[str, str]:
-    """An mgpu with short pauses between restarts, and these settings."""
-    return house.tuned({f"mgpu.{name.replace('__', '.')}": value for name, value in settings.items()})
-
-
-def words_of(env: Mapping[str, str]) -> str:
-    return shlex.join(f"{name}={value}" for name, value in env.items())

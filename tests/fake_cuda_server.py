@@ -6,6 +6,7 @@ FOLDER/held/UUID.PID   bytes that a process holds; the FAKE NVML subtracts them 
 FOLDER/hidden/UUID     bytes that are not there, though the driver says they were
 FOLDER/extra/UUID      bytes that it wants beside weights and cache: more than anybody could have known
 FOLDER/gates/weights   while it exists, nothing is taken yet; `cache`: the weights alone; `serve`: it is not ready
+FOLDER/ram             bytes of RAM that it takes first
 FOLDER/starts          a line of JSON for each start: pid, argv, uuids
 FOLDER/server          more arguments for the FAKE llama-server
 """
@@ -26,6 +27,8 @@ from pathlib import Path
 
 import fake_llama_server
 from fake_llama_server import log
+
+_PLAIN_LOAD = fake_llama_server._load
 
 MIB = 1 << 20
 KV_PER_TOKEN = 128 << 10  # Llama 3.1 8B, f16
@@ -51,12 +54,14 @@ class Cards:
         return found[-1] if found else default
 
     def load(self, options: argparse.Namespace) -> None:
-        del options
         weights = Path(self.option("--model")).stat().st_size
         ctx = int(self.option("-c") or self.option("--ctx-size", "4096"))
-        on_cards = min(int(self.option("--n-gpu-layers", "0")), LAYERS) / LAYERS
+        on_cards = min(int(self.option("-ngl") or self.option("--n-gpu-layers", "0")), LAYERS) / LAYERS
         log("load_model: loading model")
         self.wait("weights")
+        ram = self.folder / "ram"
+        eaten = b"x" * int(ram.read_text()) if ram.exists() else b""
+        log(f"load_model: {len(eaten)} bytes of RAM")
         for number, share in enumerate(self.shares()):
             size = int(weights * on_cards * share)
             self.take(number, "model", size, beside=CONTEXT)
@@ -66,6 +71,7 @@ class Cards:
         for number, _ in enumerate(self.shares()):
             self.take(number, "compute", COMPUTE + self.number("extra", number))
         self.wait("serve")
+        _PLAIN_LOAD(options)
 
     def shares(self) -> list[float]:
         if not self.uuids:

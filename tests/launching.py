@@ -98,7 +98,12 @@ class House:
         return {"PYTHONPATH": path, "MGPU_TUNED": json.dumps(dict(settings)), **env}
 
     def call(
-        self, *args: str, env: Mapping[str, str] | None = None, timeout: float = 60, inside: Sequence[str] = ()
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        inside: Sequence[str] = (),
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """mgpu, to its end. `inside`: what it is started by."""
         return subprocess.run(
@@ -108,6 +113,7 @@ class House:
             capture_output=True,
             text=True,
             timeout=timeout,
+            cwd=cwd,
             check=False,
         )
 
@@ -221,13 +227,10 @@ def wait_for(
         time.sleep(0.02)
 
 
-def listening() -> set[tuple[str, int]]:
-    """Who listens anywhere on this machine, as far as we may know."""
-    return {
-        (str(one.laddr[0]), int(one.laddr[1]))
-        for one in psutil.net_connections(kind="inet")
-        if one.status == psutil.CONN_LISTEN
-    }
+def listening() -> dict[str, int | None]:
+    """Where anybody listens on this machine, and the pid of who does, as far as we may know."""
+    connections = psutil.net_connections(kind="inet")
+    return {str(one.laddr): one.pid for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 def free_port() -> int:

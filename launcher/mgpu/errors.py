@@ -97,11 +97,6 @@ class OutOfMemoryError(RuntimeFailedError):
         self.wanted_bytes = wanted_bytes
         self.held_bytes = held_bytes
 
-    @property
-    def asked_bytes(self) -> int:
-        """What it would have had; 0 when that is not known."""
-        return self.held_bytes + self.wanted_bytes if self.wanted_bytes else 0
-
 
 class ProfileError(MgpuError):
     """A rig profile cannot be read, or does not match this machine."""

@@ -174,7 +174,7 @@ def _object(one: Seen) -> dict[str, Any]:
     if one.record is None:
         return {"name": one.name, "alive": one.alive, "state": "unknown"}
     told = msgspec.to_builtins(one.record)
-    hidden = {"directories", "leaves", "after", "runtimes", "promised_host"}
+    hidden = {"directories", "leaves", "after", "runtimes", "members", "promised_host"}
     pids = {"pid": one.holder.pid if one.alive and one.holder else None}
     kept = {key: value for key, value in told.items() if key not in hidden}
     return {**kept, "alive": one.alive, **pids, "runtime_pids": [runtime.pid for runtime in one.record.runtimes]}

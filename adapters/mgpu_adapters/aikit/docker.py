@@ -32,7 +32,8 @@ NO_DAEMON: Final = re.compile(
     r"|error during connect"
 )
 _ADDRESS: Final = re.compile(r"(?:at|API at) ((?:unix|tcp|npipe|ssh)://[^\s.;]+(?:\.sock)?[^\s.;]*)")
-_SERVER: Final = re.compile(r"^Server:.*?^ +Version: +([\w.+~-]{1,60})", re.MULTILINE | re.DOTALL)
+_SERVER: Final = re.compile(r"^Server:", re.MULTILINE)
+_VERSION: Final = re.compile(r"^ +Version: +([\w.+~-]{1,60})", re.MULTILINE)
 _NVIDIA: Final = re.compile(r"^ *Runtimes:.*\bnvidia\b|nvidia\.com/gpu", re.MULTILINE)
 
 
@@ -45,7 +46,8 @@ def docker_version(outputs: Mapping[str, str]) -> str:
         address = _ADDRESS.search(said)
         where = f" at {address[1]}" if address else ""
         raise RuntimeMissingError(f"the Docker daemon does not answer{where}", hint=START_DAEMON)
-    version = _SERVER.search(outputs.get(VERSION, ""))
+    server = _SERVER.search(outputs.get(VERSION, ""))
+    version = _VERSION.search(outputs[VERSION], server.end()) if server else None
     if version is None:
         last = next(
             (line.strip() for line in reversed(outputs.get(VERSION, "").splitlines()) if line.strip()), "nothing"

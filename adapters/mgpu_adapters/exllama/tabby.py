@@ -22,8 +22,8 @@ _UPDATE: Final = "git pull && venv/bin/pip install --upgrade '.[cu12]'"
 _PYTHONS: Final = ("venv/bin/python", ".venv/bin/python")
 #: TabbyAPI asks for these itself when it loads a model (`check_package_version`).
 _OLDEST: Final = {"exllamav2": (0, 3, 1), "exllamav3": (1, 4, 1)}
-_CHECK: Final = re.compile(r"check_package_version\(\s*[\"'](exllamav[23])[\"']\s*,\s*[\"']([\d.]+)[\"']")
-_METADATA: Final = re.compile(r"(?:^|/)(exllamav[23])-(\d+(?:\.\d+)+)[^/]*\.dist-info$")
+_CHECK: Final = re.compile(r"check_package_version\(\s*[\"'](exllamav[23])[\"']\s*,\s*[\"']([0-9.]{1,40})[\"']")
+_METADATA: Final = re.compile(r"(?:^|/)(exllamav[23])-([0-9]{1,9}(?:\.[0-9]{1,9}){1,8})[^/]*\.dist-info$")
 
 
 class Clone(Installed, frozen=True, kw_only=True):

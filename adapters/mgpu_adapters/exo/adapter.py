@@ -7,12 +7,12 @@ from typing import Final
 from msgspec import ValidationError
 
 from mgpu.adapter import Abilities, Adapter, Installed, Job, ListedDevice, Probe, Search
-from mgpu.errors import RuntimeMissingError
+from mgpu.errors import RuntimeMissingError, one_line
 from mgpu.model import Format, Model
 from mgpu.request import Request
 from mgpu.service import Service
 from mgpu_adapters.exo.job import Cluster, prepare
-from mgpu_adapters.exo.state import Cards, NodeIdentity, NodeMemory, State, decode
+from mgpu_adapters.exo.state import NAME, Cards, NodeIdentity, NodeMemory, State, decode
 
 _URL: Final = "http://127.0.0.1:52415"
 _START: Final = (
@@ -80,7 +80,7 @@ def _device(state: State, node_id: str) -> ListedDevice:
     memory = state.node_memory.get(node_id, NodeMemory())
     return ListedDevice(
         device=state.name_of(node_id),
-        description="" if identity.chip_id == "Unknown" else identity.chip_id,
+        description="" if identity.chip_id == "Unknown" else one_line(identity.chip_id, NAME),
         total_bytes=memory.ram_total.in_bytes,
         free_bytes=memory.ram_available.in_bytes,
     )

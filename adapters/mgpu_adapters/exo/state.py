@@ -6,14 +6,20 @@ Its own types go out in camel case, and a member of a union as an object with on
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
+from mgpu.errors import one_line
 from mgpu.units import MIB
 
 T = TypeVar("T")
+
+NAME: Final = 60  # characters of what a node calls itself
+
+#: Bytes, layers, tokens: what is more than this of anything is an error of the other side.
+_Count = Annotated[int, Meta(ge=-(1 << 60), le=1 << 60)]
 
 #: Runner states, on the way up: what a person is told of each.
 _STAGES: Final = {
@@ -29,7 +35,7 @@ _DOWN: Final = frozenset({"RunnerFailed", "RunnerShuttingDown", "RunnerShutdown"
 
 
 class Memory(Struct, frozen=True, rename="camel"):
-    in_bytes: int = 0
+    in_bytes: _Count = 0
 
 
 class NodeMemory(Struct, frozen=True, rename="camel"):
@@ -49,8 +55,8 @@ class Topology(Struct, frozen=True):
 class Shard(Struct, frozen=True, rename="camel"):
     """Layers `start_layer` … `end_layer` - 1."""
 
-    start_layer: int = 0
-    end_layer: int = 0
+    start_layer: _Count = 0
+    end_layer: _Count = 0
 
 
 class ShardAssignments(Struct, frozen=True, rename="camel"):
@@ -68,8 +74,8 @@ class Runner(Struct, frozen=True, rename="camel"):
     """A runner's state; `kind` is what Exo calls it."""
 
     kind: str = ""
-    layers_loaded: int = 0
-    total_layers: int = 0
+    layers_loaded: _Count = 0
+    total_layers: _Count = 0
     error_message: str | None = None
 
     @property
@@ -106,7 +112,7 @@ class State(Struct, frozen=True, rename="camel"):
     def name_of(self, node_id: str) -> str:
         """What its owner calls the node, or the start of its id."""
         identity = self.node_identities.get(node_id, NodeIdentity())
-        return node_id[:8] if identity.friendly_name == "Unknown" else identity.friendly_name
+        return one_line(node_id[:8] if identity.friendly_name == "Unknown" else identity.friendly_name, NAME)
 
     def instance(self, instance_id: str) -> Instance | None:
         return next(iter(self.instances.get(instance_id, {}).values()), None)
@@ -164,8 +170,8 @@ class Card(Struct, frozen=True):
     """One model the cluster knows (`GET /models`); sizes in MiB, rounded."""
 
     id: str
-    storage_size_megabytes: int = 0
-    context_length: int = 0
+    storage_size_megabytes: _Count = 0
+    context_length: _Count = 0
     supports_tensor: bool = False
     quantization: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, get_args
 
@@ -158,8 +159,9 @@ def _is_overrides(text: str) -> bool:
         if not (equals and pattern and buffer):
             return False
         try:
-            re.compile(pattern)
-        except re.error:
+            with warnings.catch_warnings(action="ignore"):  # of "[[": a set in a set, some day
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError):
             return False
     return True
 

@@ -28,6 +28,8 @@ _STAGES: Final = (
     ("listening on", "starting to serve"),
 )
 
+_PORT_TAKEN: Final = r"couldn't bind HTTP server socket.*port: (\d+)"
+
 #: What llama.cpp says when it fails (a regex), what it means, and what to do.
 _CAUSES: Final = (
     (
@@ -56,7 +58,7 @@ _CAUSES: Final = (
         "leave it out, or update llama.cpp",
     ),
     (
-        r"couldn't bind HTTP server socket.*port: (\d+)",
+        _PORT_TAKEN,
         "port {0} is in use by another program",
         "leave --port out to get a free one",
     ),
@@ -113,5 +115,5 @@ def _cause(line: str) -> Cause | None:
     for pattern, text, hint in _CAUSES:
         match = re.search(pattern, line)
         if match is not None:
-            return Cause(text=text.format(*match.groups()), hint=hint)
+            return Cause(text=text.format(*match.groups()), hint=hint, port_taken=pattern == _PORT_TAKEN)
     return None

@@ -63,7 +63,10 @@ class MycoSwarm(Adapter):
         nodes = nodes_of(status, peers)
         listed = tuple(
             ListedDevice(
-                device=one_line(node.hostname, _NAME), description=one_line(node.gpu, _NAME), total_bytes=node.total_bytes, free_bytes=node.free_bytes
+                device=one_line(node.hostname, _NAME),
+                description=one_line(node.gpu, _NAME),
+                total_bytes=node.total_bytes,
+                free_bytes=node.free_bytes,
             )
             for node in nodes
         )

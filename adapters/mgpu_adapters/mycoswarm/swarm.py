@@ -18,6 +18,9 @@ from mgpu.units import MIB
 T = TypeVar("T")
 
 
+_Mib = Annotated[int, Meta(ge=0, le=1 << 40)]
+
+
 class Health(Struct, frozen=True):
     """`GET /health`, the only one that asks for no token."""
 
@@ -36,7 +39,7 @@ class Peer(Struct, frozen=True):
     port: int = 0
     capabilities: tuple[str, ...] = ()
     gpu_name: str | None = None
-    vram_total_mb: int = 0
+    vram_total_mb: _Mib = 0
     available_models: tuple[str, ...] = ()
 
 
@@ -47,8 +50,8 @@ class Status(Struct, frozen=True):
     hostname: str
     capabilities: tuple[str, ...] = ()
     gpu: str | None = None
-    vram_total_mb: int = 0
-    vram_free_mb: int = 0
+    vram_total_mb: _Mib = 0
+    vram_free_mb: _Mib = 0
     ollama_models: tuple[str, ...] = ()
 
 

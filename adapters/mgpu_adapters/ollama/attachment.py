@@ -298,4 +298,4 @@ def _has_token(answer: Answer) -> bool:
 
 def _count(row: dict[str, Any], key: str) -> int:
     value = row.get(key)
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < 1 << 63 else 0

@@ -22,7 +22,9 @@ from mgpu_adapters.vllm.serving import version_of
 _INSTALL: Final = "uv tool install vllm"
 
 #: The line of `vllm --version` that is a version; imports may log around it.
-_VERSION: Final = re.compile(r"^(vllm(?:[-_]cpu)? )?([0-9]{1,9}\.[0-9]{1,9}[\w.+-]{0,60})[ \t\r]*$", re.ASCII | re.MULTILINE)
+_VERSION: Final = re.compile(
+    r"^(vllm(?:[-_]cpu)? )?([0-9]{1,9}\.[0-9]{1,9}[\w.+-]{0,60})[ \t\r]*$", re.ASCII | re.MULTILINE
+)
 
 #: V1's scheduler, memory figures and pipelines, as planned with here.
 _OLDEST: Final = (0, 10)

@@ -50,7 +50,7 @@ _LEAST_OWN: Final = len("--ho")  # shorter ones are other flags' beginnings, too
 _LEAST_PREFIX: Final = len("--max-m")  # shorter beginnings of a flag are no abbreviation anyone means
 
 #: `1k` is 1000 and `1K` is 1024 (vLLM 0.32.0 utils/argparse_utils.py).
-_NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
+_NUMBER: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([kKmMgG]?)")
 _FACTORS: Final = {"": 1, "k": 10**3, "K": KIB, "m": 10**6, "M": MIB, "g": GB, "G": GIB}
 
 
@@ -80,7 +80,7 @@ class Given(Struct, frozen=True, kw_only=True):
         text = self.values.get(name)
         if text is None:
             return None
-        share = float(text) if re.fullmatch(r"\d*\.?\d+|\d+\.", text) else 0.0
+        share = float(text) if re.fullmatch(r"[0-9]{0,18}\.?[0-9]{1,18}|[0-9]{1,18}\.", text) else 0.0
         if not 0 < share <= 1:
             raise UsageError(
                 f"{_written(name)} {text!r} means nothing to vLLM", hint="it takes a share of the memory, like 0.92"

@@ -69,6 +69,8 @@ _SHORT: Final = (
 #: What it says beside torch's words, or in their place.
 _OUT_OF_MEMORY: Final = re.compile(r"Cannot auto-fit max_model_len|not enough GPU memory|CUDA out of memory")
 
+_PORT_TAKEN: Final = r"error while attempting to bind on address|Address already in use"
+
 #: What vLLM says when it fails for other reasons.
 _CAUSES: Final = (
     (
@@ -111,8 +113,7 @@ _CAUSES: Final = (
     (r"sum\(partitions\)=(\d+) does not match num_hidden_layers=(\d+)", "the stages have {0} layers of the model's {1}",
      "this is a bug of mgpu's: please report it"),
     (r"error: unrecognized arguments: (.+)", "this vLLM does not know {0}", "leave it out, or update vLLM"),
-    (r"error while attempting to bind on address|Address already in use", "the port is in use by another program",
-     "leave --port out to get a free one"),
+    (_PORT_TAKEN, "the port is in use by another program", "leave --port out to get a free one"),
     (r"Worker proc \S+ died unexpectedly \(exit code: -9\)", "a worker of vLLM was killed (exit code -9)",
      "most often the kernel kills it for want of RAM: its log is above, and `dmesg` tells"),
     (r"Worker proc \S+ died unexpectedly \(exit code: (-?\d+)\)", "a worker of vLLM died (exit code {0})",
@@ -174,5 +175,6 @@ def _cause(line: str) -> Cause | None:
     for pattern, text, hint in _CAUSES:
         match = re.search(pattern, line)
         if match is not None:
-            return Cause(text=text.format(*match.groups()), hint=hint.format(*match.groups()))
+            groups = match.groups()
+            return Cause(text=text.format(*groups), hint=hint.format(*groups), port_taken=pattern == _PORT_TAKEN)
     return None

@@ -90,10 +90,11 @@ def _findings(
                 hint="unset CUDA_VISIBLE_DEVICES to use them all",
             )
         )
+    named = one_line(repr(ended_by), _SHOWN)
     if ended_by not in {None, "", "-1"}:
         findings.append(
             Finding(
-                text=f"{setting}: {one_line(repr(ended_by), _SHOWN)} names no single GPU here, so CUDA ignores it and what follows",
+                text=f"{setting}: {named} names no single GPU here, so CUDA ignores it and what follows",
                 hint="name cards by number or by UUID (nvidia-smi -L)",
             )
         )

@@ -160,7 +160,12 @@ class _Body:
         while len(self.buffer) < (wanted if n_bytes is None else min(wanted, n_bytes)):
             if time.monotonic() > self._deadline:
                 raise _too_slow(self.origin, f"{len(self.buffer)} bytes")
-            chunk = read(min(_CHUNK, wanted - len(self.buffer)))
+            try:
+                chunk = read(min(_CHUNK, wanted - len(self.buffer)))
+            except OverflowError as error:
+                raise BadModelError(
+                    f"{self.origin}: the server sends chunks of impossible lengths", hint="download it another way"
+                ) from error
             if not chunk:
                 break
             self.buffer += chunk

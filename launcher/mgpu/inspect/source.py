@@ -135,6 +135,8 @@ def _read_file(path: str) -> tuple[Header, ModelFile]:
             raise BadModelError(f"{shown(path)} is not a regular file", hint="give the path of a .gguf file")
         with Path(path).open("rb") as file:
             n_bytes = file.seek(0, 2)
+            if n_bytes == 0:
+                check_magic(b"", path)  # raises; some of /proc has no size, and keeps whoever reads it waiting
             header = _read_header(file, n_bytes, path)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -181,7 +183,7 @@ def _find(argument: str) -> tuple[Path, str | None]:
 
 
 def _unreadable(path: str, error: OSError) -> BadModelError:
-    hint = "check who may read it: ls -l" if isinstance(error, PermissionError) else ""
+    hint = "check who may read it: ls -l" if isinstance(error, PermissionError) else "check the path, and its disk"
     return BadModelError(f"{shown(path)} cannot be read: {error.strerror or error}", hint=hint)
 
 

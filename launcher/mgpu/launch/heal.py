@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from msgspec.structs import replace
 
 from mgpu.launch.identity import Identity, is_running, send
 from mgpu.launch.leftovers import Leftovers
-from mgpu.launch.locks import is_held
+from mgpu.launch.locks import unheld
 from mgpu.launch.places import state_dirs
 from mgpu.launch.records import End, Record
 from mgpu.launch.store import Seen, forget, launches, rewrite
@@ -73,10 +74,9 @@ def _healed(seen: Seen, now: float) -> Seen | None:
 def _clean_up(record: Record, state: Path) -> None:
     """End its runtimes, with all that these started, then remove their files."""
     leftovers = Leftovers(record.leaves)
-    families = [_Orphan(identity) for identity in record.runtimes if is_running(identity)]
+    families = [_Orphan(identity) for identity in (*record.runtimes, *record.members) if is_running(identity)]
     leftovers.look(pid for orphan in families for pid in orphan.pids)
-    for orphan in families:
-        orphan.end()
+    _end(families)
     leftovers.clear(by_itself=True)
     for argv in record.after:
         _run(argv)
@@ -87,8 +87,18 @@ def _clean_up(record: Record, state: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _end(orphans: Sequence[_Orphan]) -> None:
+    for orphan in orphans:
+        orphan.ask()
+    deadline = time.monotonic() + _GRACE_S
+    while any(orphan.any_left() for orphan in orphans) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for orphan in orphans:
+        orphan.kill()
+
+
 class _Orphan:
-    """A runtime whose mgpu has gone."""
+    """A runtime whose mgpu has gone, or what one has left."""
 
     def __init__(self, identity: Identity) -> None:
         from mgpu.launch.tree import Tree  # psutil: 12 ms
@@ -100,18 +110,17 @@ class _Orphan:
     def pids(self) -> tuple[int, ...]:
         return (self._identity.pid, *self._family.pids)
 
-    def end(self) -> None:
+    def ask(self) -> None:
         send(self._identity, signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_S
-        while self._any_left() and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+
+    def kill(self) -> None:
         if is_running(self._identity):
             with suppress(OSError):
                 os.killpg(self._identity.pid, signal.SIGKILL)  # each was started in a session of its own
             send(self._identity, signal.SIGKILL)
         self._family.kill()
 
-    def _any_left(self) -> bool:
+    def any_left(self) -> bool:
         return is_running(self._identity) or self._family.any_alive()
 
 
@@ -151,10 +160,19 @@ def _remove_drafts(folder: Path) -> None:
         return
     for name in names:
         match = _DRAFT.fullmatch(name)
-        orphaned = name.endswith(".lock") and f"{name.removesuffix('.lock')}.json" not in names
-        if (match and not _lives(int(match[1]))) or (orphaned and not is_held(folder / name)):
+        if match and not _lives(int(match[1])):
             with suppress(OSError):
                 (folder / name).unlink()
+        if name.endswith(".lock") and f"{name.removesuffix('.lock')}.json" not in names:
+            _remove_lock(folder / name)
+
+
+def _remove_lock(path: Path) -> None:
+    """Of a launch without a record: one that is just beginning holds it, or will ask for another."""
+    with unheld(path) as ours:
+        if ours and not path.with_suffix(".json").exists():
+            with suppress(OSError):
+                path.unlink()
 
 
 def _lives(pid: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TextIO
 
 import msgspec
@@ -17,7 +17,7 @@ from mgpu.launch.after import Before, compare, held_lines, look_before
 from mgpu.launch.background import Background
 from mgpu.launch.care import Care, Started
 from mgpu.launch.health import BEAT_S, IDLE_S, Asked, Look, Looker, Looking, Vitals, look
-from mgpu.launch.identity import identify
+from mgpu.launch.identity import Identity, identify
 from mgpu.launch.logs import shorten
 from mgpu.launch.ports import FIRST_PORT, Ports, choose_ports, free_port
 from mgpu.launch.process import Child
@@ -34,8 +34,15 @@ from mgpu.service import Attachment, Undone
 _STUCK_S: Final = 120.0  # a look that takes longer is worth a word; unwell for longer is a failure, if it may restart
 _NOTHING: Final[Mapping[int, Reported]] = {}
 #: In a record, before a try: the ones before it have ended, and left nothing.
-_NOTHING_STARTED: Final[Mapping[str, tuple[()]]] = {"runtimes": (), "directories": (), "leaves": (), "after": ()}
+_NOTHING_STARTED: Final[Mapping[str, tuple[()]]] = {
+    "runtimes": (),
+    "members": (),
+    "directories": (),
+    "leaves": (),
+    "after": (),
+}
 
+_MOST_MEMBERS: Final = 256
 _MOST_SAID: Final = 50  # of the last things said, kept for a report
 
 
@@ -222,14 +229,15 @@ class Keeper(Care):
 
     def _note(self, seen: Look, started: Sequence[Started], now: float) -> None:
         """What is seen, for `mgpu ps`."""
-        from mgpu.launch.tree import family, rss_bytes  # psutil: imported by then
+        from mgpu.launch.tree import rss_bytes  # psutil: imported by then
 
         state: State = "ready" if self._vitals.unwell_since is None else "unwell"
-        pids = {pid for watch, _ in started for pid in family(watch.child.pid)}
+        pids = {pid for watch, _ in started for pid in watch.child.family()}
         held = {card.index: own for card in seen.cards if (own := _own(card.by_pid, pids)) is not None}
         self._hold(held)
         resident = sum(rss_bytes(pid) for pid in pids)
-        self.entry.change(state=state, work=self._tally.work(now), ram_held=resident)
+        members = _members(pids, started)
+        self.entry.change(state=state, work=self._tally.work(now), ram_held=resident, members=members)
         self._tell_flaw()
 
     def _judge(self) -> None:
@@ -252,6 +260,13 @@ class Keeper(Care):
         if self.entry.flaw and self.entry.flaw != self._flaw:
             say(self._err, f"  note: {self.entry.flaw}: `mgpu ps` may not show it as it is")
         self._flaw = self.entry.flaw
+
+
+def _members(pids: Iterable[int], started: Sequence[Started]) -> tuple[Identity, ...]:
+    """What the runtimes have started: some of it may outlive them, in groups and sessions of its own."""
+    roots = {watch.child.pid for watch, _ in started}
+    found = (identify(pid) for pid in sorted(set(pids) - roots)[:_MOST_MEMBERS])
+    return tuple(identity for identity in found if identity is not None)
 
 
 def planned_cards(plan: Plan, keys: dict[int, str]) -> tuple[Card, ...]:

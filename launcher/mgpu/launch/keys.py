@@ -135,7 +135,8 @@ def _make(path: Path) -> None:
     """A new key, all of it at once. Raises OSError, FileExistsError where another launch was first."""
     draft = draft_of(path)
     try:
-        new_file(draft, f"{secrets.token_urlsafe(_BYTES)}\n".encode("ascii"))
+        key = secrets.token_urlsafe(_BYTES).replace("-", "_")  # in front it would be an option to many a client
+        new_file(draft, f"{key}\n".encode("ascii"))
         try:
             os.link(draft, path, follow_symlinks=False)
         except FileExistsError:

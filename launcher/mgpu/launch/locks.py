@@ -84,6 +84,21 @@ def holder(path: Path) -> int | None:
     return None
 
 
+@contextmanager
+def unheld(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock at `path`; if so, nobody can take it while in here: its file may be removed."""
+    try:
+        lock = Lock.try_take(path)
+    except OSError:  # it cannot be locked: nobody could have
+        yield True
+        return
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))

@@ -185,7 +185,7 @@ def _prune(logs: Path, kept: Sequence[str]) -> None:
             dated.append((path.stat().st_mtime, path))
         except OSError:
             continue  # removed by another mgpu meanwhile
-    for _, path in sorted(dated)[:-KEPT_LOGS]:
+    for _, path in sorted(dated)[: 1 - KEPT_LOGS]:
         try:
             path.unlink()
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -69,10 +70,7 @@ def _version(prefix: Path, name: str) -> str | None:
     """By the name of the metadata's directory, `vllm-0.32.0+cpu.dist-info`; of several, the newest file."""
     stem = re.sub(r"[-_.]+", "_", name).lower()
     found: list[tuple[float, str]] = []
-    for site in _SITES:
-        for path in prefix.glob(f"{site}/{stem}-*.dist-info"):
-            try:
-                found.append((path.stat().st_mtime, path.name))
-            except OSError:
-                continue  # removed meanwhile
+    with suppress(OSError):  # removed meanwhile; or what stands behind `#!` cannot be a path
+        for site in _SITES:
+            found += ((path.stat().st_mtime, path.name) for path in prefix.glob(f"{site}/{stem}-*.dist-info"))
     return max(found)[1].removeprefix(f"{stem}-").removesuffix(".dist-info") if found else None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from mgpu.launch.private import make_directory
+
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def state_dir() -> Path:
@@ -15,6 +19,7 @@ def state_dir() -> Path:
     Neither may be writable: whoever writes there says so then. Never raises.
     """
     usual = usual_state_dir()
+    _close(usual)
     if _usable(usual):
         return usual
     spare = spare_state_dir()
@@ -52,6 +57,14 @@ def _usable(path: Path) -> bool:
     return _is_ours(path) and os.access(path, os.W_OK | os.X_OK)
 
 
+def _close(path: Path) -> None:
+    """Our own, as the first version made it, with a umask of 002: nobody else is to write there from now on."""
+    with suppress(OSError):
+        status = path.stat()
+        if status.st_uid == os.geteuid() and status.st_mode & _OTHERS_WRITE:
+            path.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
+
+
 def _is_ours(path: Path) -> bool:
     """A directory of this user that no other may write into: what lies in it tells us what to kill."""
     try:
@@ -59,4 +72,4 @@ def _is_ours(path: Path) -> bool:
     except OSError:
         return False
     ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    return ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return ours and not status.st_mode & _OTHERS_WRITE

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from mgpu.adapter import Command
 from mgpu.errors import MgpuError, RuntimeFailedError, RuntimeMissingError
@@ -38,6 +38,7 @@ class Child:
         self.log_start = log_start  # where its own lines begin, after those of an earlier try
         self.leftovers = Leftovers()
         self.scratch = Scratch()
+        self._known: Any = None  # a Tree: psutil is not imported before it is needed
         self._kills = kills()
 
     @classmethod
@@ -108,6 +109,13 @@ class Child:
         """Whether the kernel has ended it for want of RAM: that cannot be seen from its end, but it keeps count."""
         return self.poll() == -signal.SIGKILL and has_killed(self._kills)
 
+    def family(self) -> tuple[int, ...]:
+        """Its pid and those of its descendants, whom `stop` ends even if it has died before them."""
+        from mgpu.launch.tree import Tree  # psutil: 12 ms, and not before the runtime has started
+
+        self._known = Tree(self.pid)
+        return (self.pid, *self._known.pids)
+
     def stop(self, *, grace_s: float = GRACE_S, hurried: Callable[[], bool] = lambda: False) -> int | None:
         """SIGTERM, wait, SIGKILL: to the whole group, and to descendants that left it. Never raises.
 
@@ -115,7 +123,7 @@ class Child:
         """
         from mgpu.launch.tree import Tree  # psutil: 12 ms, and not before the runtime has started
 
-        family = Tree(self.pid)
+        family = Tree(self.pid, self._known)
         code = self.poll()
         self.leftovers.look((self.pid, *family.pids))
 

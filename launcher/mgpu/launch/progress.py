@@ -15,7 +15,7 @@ from mgpu.units import gib, gib_of
 
 _WIDTH: Final = 80
 _QUIET_S: Final = 0.3  # a load this short needs no word
-_MOST: Final = 2000  # characters of a line
+_MOST: Final = 900  # characters of a line
 
 
 def say(stream: TextIO, text: str) -> None:

@@ -74,10 +74,10 @@ class Record(Struct, frozen=True, kw_only=True):
     """One launch. Times are seconds since 1970, to be shown; nothing is decided by them.
 
     `promised_host`: bytes of RAM that are planned and not taken yet. `ram_held`: what is resident of its processes, the
-    pages of the model's file among them; 0 where it was not looked at yet. `runtimes`: the processes started, a proxy among
-    them. `directories`: private ones, to be removed with them. `leaves`: patterns of their shared memory; `after`:
-    commands that end what they started elsewhere; `undo`: what a service is asked then. `said`: the last thing that
-    went wrong, or went well again.
+    pages of the model's file among them; 0 where it was not looked at yet. `runtimes`: the processes started, a proxy
+    among them; `members`: what these have started, as last seen. `directories`: private ones, to be removed with them.
+    `leaves`: patterns of their shared memory; `after`: commands that end what they started elsewhere; `undo`: what a
+    service is asked then. `said`: the last thing that went wrong, or went well again.
     """
 
     schema: int = SCHEMA
@@ -104,6 +104,7 @@ class Record(Struct, frozen=True, kw_only=True):
     ready: float | None = None
     restarts: int = 0
     runtimes: tuple[Identity, ...] = ()
+    members: tuple[Identity, ...] = ()
     directories: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     after: tuple[tuple[str, ...], ...] = ()

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from mgpu.decide.claims import HOST, Claim
 from mgpu.launch.identity import Identity, identify, is_stopped
-from mgpu.launch.locks import Lock, held, holder, is_held
+from mgpu.launch.locks import Lock, held, holder, is_held, unheld
 from mgpu.launch.places import state_dir, state_dirs
 from mgpu.launch.records import MOST_BYTES, SETTLED, Record, from_text, to_text
 
@@ -144,18 +144,21 @@ def launches() -> tuple[Seen, ...]:
 
 def forget(seen: Seen) -> None:
     """Remove what a launch that is over has left here."""
-    if not is_held(_lock_path(seen.folder, seen.name)):
-        for path in (_record_path(seen.folder, seen.name), _lock_path(seen.folder, seen.name)):
+    lock = _lock_path(seen.folder, seen.name)
+    with unheld(lock) as ours:
+        for path in (_record_path(seen.folder, seen.name), lock) if ours else ():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
 def rewrite(seen: Seen, record: Record) -> None:
     """Put down how a launch ended that could not do so itself."""
-    if not is_held(_lock_path(seen.folder, seen.name)):
-        _write(seen.folder, record)
-        with suppress(OSError):
-            _lock_path(seen.folder, seen.name).unlink(missing_ok=True)
+    lock = _lock_path(seen.folder, seen.name)
+    with unheld(lock) as ours:
+        if ours:
+            _write(seen.folder, record)
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 def is_alive(seen: Seen) -> bool:
@@ -188,12 +191,13 @@ def _folder() -> Path:
 
 
 def _stuck(said: bytes) -> str:
-    """Who has a lock, by what its file says, in words: "pid 4711, which is stopped"."""
-    digits = said.strip()
-    if not digits.isdigit():
-        return "of another process"
-    pid = int(digits)
-    return f"with pid {pid}{', which is stopped' if is_stopped(pid) else ''}"
+    """How long we have waited, and for whom, by what the lock's file says."""
+    waited = f"waited {_PLANNING_S:.0f} s for another mgpu"
+    if not re.fullmatch(rb"[0-9]{1,9}\s?", said):
+        return waited
+    pid = int(said)
+    stopped = f", which is stopped: `kill -CONT {pid}` lets it go on" if is_stopped(pid) else ""
+    return f"{waited} (pid {pid}{stopped})"
 
 
 def _claims(seen: Seen) -> Iterator[Claim]:

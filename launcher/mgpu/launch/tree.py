@@ -14,22 +14,27 @@ _MOST_ROLLUP: Final = 16 << 10  # characters
 
 
 class Tree:
-    """A process's descendants of whatever group and session, remembered before their parents go."""
+    """A process's descendants of whatever group and session, remembered before their parents go.
 
-    def __init__(self, pid: int) -> None:
-        self._processes: list[psutil.Process] = []
+    `before`: those of an earlier look, too.
+    """
+
+    def __init__(self, pid: int, before: Tree | None = None) -> None:
+        self.processes: list[psutil.Process] = []
         with suppress(psutil.Error):
-            self._processes = psutil.Process(pid).children(recursive=True)
+            self.processes = psutil.Process(pid).children(recursive=True)
+        if before is not None:
+            self.processes += [one for one in before.processes if one not in self.processes]
 
     @property
     def pids(self) -> tuple[int, ...]:
-        return tuple(process.pid for process in self._processes)
+        return tuple(process.pid for process in self.processes)
 
     def any_alive(self) -> bool:
-        return any(_is_alive(process) for process in self._processes)
+        return any(_is_alive(process) for process in self.processes)
 
     def kill(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             with suppress(psutil.Error):  # psutil compares creation times: a recycled pid is not killed
                 process.kill()
 

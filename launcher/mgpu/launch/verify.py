@@ -11,7 +11,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from mgpu.adapter import TOLERANCE, Adapter, Buffer, Installed
-from mgpu.launch.private import write_whole
+from mgpu.launch.private import read_own, write_whole
 from mgpu.launch.redact import redact_words
 from mgpu.model import Model
 from mgpu.plan import Plan
@@ -21,6 +21,7 @@ from mgpu.units import gib
 
 #: Launches kept in the log.
 KEPT: Final = 500
+_MOST: Final = 16 << 20  # bytes of them; what is larger is something else, and begun anew
 
 _KINDS: Final = ("weights", "kv", "compute")
 
@@ -133,7 +134,7 @@ def keep(launched: Launched, places: Sequence[Measured], path: Path) -> str | No
     """
     line = json.dumps(_record(launched, places), separators=(",", ":")).encode("ascii")
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = (read_own(path, at_most=_MOST) or b"").splitlines() if path.exists() else []
         write_whole(path, b"".join(kept + b"\n" for kept in (*lines[1 - KEPT :], line)))
     except OSError as error:
         return str(error.strerror or error)

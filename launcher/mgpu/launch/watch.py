@@ -93,7 +93,7 @@ class Watch:
         if self.child.was_short_of_ram():
             self.finish()
             return OutOfMemoryError(
-                f"{self.name} was killed by the kernel {when}: the machine was out of RAM",
+                f"{self.name} was killed by the kernel {when}: out of RAM",
                 hint=_LESS_RAM,
                 log_tail=last_lines(self.child.log_path, _LAST_LINES, start=self.child.log_start),
                 devices=("CPU",),

@@ -164,7 +164,8 @@ def _notes(name: str, launch: Launch) -> list[Text]:
             notes.append(Text(f"    report: {launch.end.report}"))
         notes.append(Text(f"    `mgpu logs {name}` shows its last lines, `mgpu stop {name}` clears it away"))
     elif launch.restarts:
-        notes.append(Text(f"{name}: started again {launch.restarts} times; last: {launch.said}", style="yellow"))
+        times = "once" if launch.restarts == 1 else f"{launch.restarts} times"
+        notes.append(Text(f"{name}: started again {times}; last: {launch.said}", style="yellow"))
     elif launch.state == "unwell":
         notes.append(Text(f"{name}: {launch.said}", style="yellow"))
     return notes
