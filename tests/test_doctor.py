@@ -25,6 +25,7 @@ from mgpu.doctor.gather import gather
 from mgpu.doctor.sources.cards import look_at_cards
 from mgpu.doctor.sources.disks import look_at_disk
 from mgpu.doctor.sources.host import look_at_host, look_at_limits
+from mgpu.doctor.sources.logind import kills_at_logout
 from mgpu.doctor.sources.own import leftovers, look_at_own
 from mgpu.report.doctor import doctor_object, doctor_screen, summary
 from mgpu.report.screen import console
@@ -186,6 +187,41 @@ def test_any_bytes_in_proc(tmp_path: Path, files: dict[str, bytes]) -> None:
     look_at_limits(tmp_path)
     look_at_disk("models", tmp_path, ours=False, root=tmp_path)
     assert isinstance(look_at_host({}, tmp_path), HostFacts)
+
+
+_LOGIND: Final = "etc/systemd/logind.conf"
+_KILL: Final = "[Login]\nKillUserProcesses=yes\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({}, False),
+        ({_LOGIND: "[Login]\n#KillUserProcesses=yes\n"}, False),
+        ({_LOGIND: "[Login]\nKillUserProcesses = yes\n"}, True),
+        ({_LOGIND: "[Other]\nKillUserProcesses=yes\n"}, False),
+        ({_LOGIND: f"{_KILL}KillUserProcesses=no"}, False),
+        ({_LOGIND: _KILL, f"{_LOGIND}.d/x.conf": "[Login]\nKillUserProcesses=0"}, False),
+        ({f"usr/lib/{_LOGIND[4:]}.d/x.conf": _KILL}, True),
+        ({f"usr/lib/{_LOGIND[4:]}.d/x.conf": _KILL, f"{_LOGIND}.d/x.conf": ""}, False),
+        ({f"{_LOGIND}.d/x.conf.bak": _KILL}, False),
+        ({_LOGIND: f"{_KILL}KillExcludeUsers=root ada\n"}, False),
+        ({_LOGIND: f"{_KILL}KillOnlyUsers=eve\n"}, False),
+        ({_LOGIND: f"{_KILL}KillOnlyUsers=eve ada\n"}, True),
+    ],
+)
+def test_what_a_logout_ends(tmp_path: Path, files: dict[str, str | int], *, kills: bool) -> None:
+    FakeSys(tmp_path).write(files)
+    assert kills_at_logout(tmp_path, "ada") is None  # no systemd
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    assert kills_at_logout(tmp_path, "ada") is kills
+    assert look_at_host({}, tmp_path).kills_at_logout in {True, False}
+
+
+def test_root_keeps_what_it_has_started(tmp_path: Path) -> None:
+    FakeSys(tmp_path).write({_LOGIND: _KILL, "run/systemd/system/x": ""})
+    assert kills_at_logout(tmp_path, "root") is False
+    assert kills_at_logout(tmp_path, "ada") is True
 
 
 # --- disks

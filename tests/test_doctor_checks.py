@@ -111,6 +111,7 @@ GOOD: Final = Facts(
         governor_driver="acpi-cpufreq",
         numa_nodes=2,
         numa_balancing=0,
+        kills_at_logout=False,
     ),
     limits=Limits(memlock=-1, nofile=65536, nofile_hard=65536, core=0, address_space=-1, core_pattern="core"),
     disks=(
@@ -262,6 +263,7 @@ SPEAKS: Final[tuple[tuple[str, Facts, Severity, str], ...]] = (
     ("open-files", limits(nofile=256, nofile_hard=256), "warning", "hard limit"),
     ("core-dumps", limits(core=-1), "note", "all of its memory"),
     ("address-space", limits(address_space=16 * GIB), "error", "ulimit -v unlimited"),
+    ("logout", host(kills_at_logout=True), "note", "loginctl enable-linger"),
     ("shared-memory", host(shared_memory=64 * MIB, container="Docker"), "warning", "--ipc host"),
     ("read-only", disk(0, read_only=True), "error", "read-only"),
     ("full", disk(0, files_left=0), "error", "no more files"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import stat
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -18,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgpu.decide.claims import HOST, Claim, card_key, with_claims
+from mgpu.errors import UsageError
 from mgpu.launch.heal import heal
-from mgpu.launch.identity import Identity, identify, is_running, send
+from mgpu.launch.identity import Identity, Machine, identify, is_running, send
 from mgpu.launch.locks import Lock, held, is_held
 from mgpu.launch.places import spare_state_dir, state_dir, state_dirs, usual_state_dir
 from mgpu.launch.records import Card, End, Record, from_text, to_text
-from mgpu.launch.store import claims, enter, launches, name_for, planning, taken_ports
+from mgpu.launch.store import Entry, claims, enter, launches, name_for, planning, taken_ports
 from mgpu.rig import Gpu, Rig
 from mgpu.units import GIB
 
@@ -117,7 +120,7 @@ def test_a_killed_launch_is_put_right(other: Other) -> None:
     runtime = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         private = state_dir() / "run-abc"
-        private.mkdir(parents=True)
+        private.mkdir(mode=0o700, parents=True)
         foreign = state_dir().parent / "run-abc"
         foreign.mkdir()
         identity = identify(runtime.pid)
@@ -156,9 +159,7 @@ def test_a_recycled_pid_is_not_ours() -> None:
         former = Identity(pid=bystander.pid, start=identity.start + "1")
         assert not is_running(former)
         assert not send(former, signal.SIGKILL)
-        entry = enter(Record(name="llama", runtimes=(former,)))
-        assert entry._lock is not None
-        entry._lock.release()  # as a killed mgpu does
+        _kill(enter(Record(name="llama", runtimes=(former,))))
         heal()
         assert bystander.poll() is None
     finally:
@@ -203,6 +204,146 @@ def test_whatever_else_lies_there_is_not_waited_for() -> None:
     (_folder() / "huge.json").write_bytes(b" " * (2 << 20))
     assert all(seen.record is None for seen in launches())
     heal()
+
+
+def test_a_launch_whose_lock_was_removed_lives_all_the_same(other: Other) -> None:
+    """A cleaner of old files, or a person: its runtime is not ended for it, and its name not given away."""
+    runtime = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        identity = identify(runtime.pid)
+        assert identity is not None
+        process = other(Record(name="llama", detached=True, runtimes=(identity,)))
+        (_folder() / "llama.lock").unlink()
+        (seen,) = heal()
+        assert (seen.alive, seen.holder) == (True, identify(process.pid))
+        assert runtime.poll() is None
+        with enter(Record(name="llama")) as second:
+            assert second.record.name == "llama-2"
+    finally:
+        runtime.kill()
+        runtime.wait()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_removed_lock_is_taken_again(*, everything: bool) -> None:
+    with enter(Record(name="llama")) as entry:
+        for path in _folder().iterdir() if everything else [_folder() / "llama.lock"]:
+            path.unlink()
+        entry.change()  # as at each look
+        assert is_held(_folder() / "llama.lock")
+        (seen,) = launches()
+        assert seen.record == entry.record
+    assert launches() == ()
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_taken_back(other: Other) -> None:
+    with enter(Record(name="llama")) as entry:
+        for path in _folder().iterdir():
+            path.unlink()
+        other(Record(name="llama"))
+        entry.change(state="ready")
+        assert entry.record.name == "llama-2"
+        assert {seen.name for seen in launches() if seen.alive} == {"llama", "llama-2"}
+
+
+def test_a_name_that_was_asked_for_is_that_or_none(other: Other) -> None:
+    other(Record(name="llama"))
+    with pytest.raises(UsageError, match="there is a launch called llama"):
+        enter(Record(name="llama"), exact=True)
+    assert {path.name for path in _folder().iterdir()} == {"llama.json", "llama.lock", "planning"}
+
+
+def test_only_one_clears_away_at_a_time(tmp_path: Path, other: Other) -> None:
+    """What a launch has started elsewhere is ended once: the next one may have the same name by then."""
+    count = tmp_path / "count"
+    after = (sys.executable, "-c", f"import time; open({str(count)!r}, 'a').write('x'); time.sleep(0.5)")
+    process = other(Record(name="llama", detached=True, after=(after,)))
+    process.kill()
+    process.wait()
+    healers = [multiprocessing.get_context("fork").Process(target=heal) for _ in range(4)]
+    for healer in healers:
+        healer.start()
+    for healer in healers:
+        healer.join()
+    assert count.read_text() == "x"
+    (seen,) = heal()
+    assert seen.record is not None
+    assert seen.record.end is not None
+
+
+def test_a_name_that_is_entered_anew_is_not_cleared_away(monkeypatch: pytest.MonkeyPatch, other: Other) -> None:
+    """Between the look that found it dead and the clearing away, another launch may have taken the name."""
+    process = other(Record(name="llama", detached=True))
+    process.kill()
+    process.wait()
+    stale = launches()
+    with heal_left_alone(), enter(Record(name="llama", model="new")) as entry:
+        monkeypatch.setattr("mgpu.launch.heal.launches", lambda: stale)
+        heal()
+        (seen,) = launches()
+        assert seen.record == entry.record
+
+
+@contextmanager
+def heal_left_alone() -> Iterator[None]:
+    """The dead launch has gone by the time the name is wanted again."""
+    for path in _folder().glob("llama.*"):
+        path.unlink()
+    yield
+
+
+def test_a_launch_on_another_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared home: its lock is held where we cannot see it."""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        identity = identify(bystander.pid)
+        assert identity is not None
+        elsewhere = Machine(name="elsewhere", boot="11111111-2222-3333-4444-555555555555")
+        record = Record(name="llama", machine=elsewhere, runtimes=(identity,), ports=(8080,), promised_host=GIB)
+        _folder().mkdir(parents=True)
+        (_folder() / "llama.json").write_bytes(to_text(record))
+        (seen,) = heal()
+        assert bystander.poll() is None
+        assert seen.record == record
+        assert (claims(), taken_ports()) == ((), {})
+        assert heal(now=time.time() + 8 * 86400) == ()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_private_directories_among_temporary_files_are_removed_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = ("mgpu-run-abc", "run-abc", "mgpu-proxy-x", "else")
+    for name in names:
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "mgpu-run-open").mkdir(mode=0o755)
+    entry = enter(Record(name="llama", directories=tuple(str(tmp_path / name) for name in (*names, "mgpu-run-open"))))
+    _kill(entry)
+    heal()
+    assert {path.name for path in tmp_path.iterdir()} == {"run-abc", "else", "mgpu-run-open"}
+
+
+def test_directories_that_no_record_names_go_after_a_while() -> None:
+    state_dir().mkdir(parents=True, exist_ok=True)
+    stray, ours = state_dir() / "run-stray", state_dir() / "run-ours"
+    for path in (stray, ours):
+        path.mkdir(mode=0o700)
+    with enter(Record(name="llama", directories=(str(ours),))):
+        heal()
+        assert stray.exists()
+        heal(now=time.time() + 7200)
+        assert (stray.exists(), ours.exists()) == (False, True)
+
+
+def _kill(entry: Entry) -> None:
+    """As if the mgpu that has it had been killed with SIGKILL."""
+    entry.change(launcher=None)
+    assert entry._lock is not None
+    entry._lock.release()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -112,6 +112,41 @@ def test_a_clock_that_goes_back_begins_anew() -> None:
     assert tally.work().lately == pytest.approx(10.0)
 
 
+def test_what_we_asked_ourselves_is_no_work() -> None:
+    tally = Tally()
+    tally.expect(1, 0.0)
+    assert not tally.add(Served(n_tokens=1, seconds=0.0), 1.0)
+    tally.see(Stats(generated=1, generating_s=0.25, running=0, waiting=0), 15.0)
+    assert not tally.is_working
+    assert (tally.work(30.0).requests, tally.work(30.0).tok_s, tally.work(30.0).lately) == (None, None, None)
+    for number in range(3):
+        assert tally.add(Served(n_tokens=20 if number else 1, seconds=1.0), 31.0 + number)
+    assert tally.work(40.0).requests == 3
+
+
+def test_requests_of_others_are_not_taken_for_ours() -> None:
+    tally = Tally()
+    tally.expect(2, 0.0)
+    tally.expect(2, 0.0)
+    assert tally.add(Served(n_tokens=2, seconds=0.1), 1.0)  # more than we ask for
+    ours = [not tally.add(Served(n_tokens=1, seconds=0.1), 2.0) for _ in range(4)]
+    assert ours == [True, True, False, False]
+    tally.expect(1, 100.0)
+    assert tally.add(Served(n_tokens=1, seconds=0.1), 300.0)  # ours would have come long ago
+    tally.expect(1, 300.0, within_s=120.0)
+    assert not tally.add(Served(n_tokens=1, seconds=0.1), 420.0)
+
+
+def test_counters_have_more_than_our_own_token_in_them() -> None:
+    tally = Tally()
+    tally.expect(1, 0.0)
+    tally.see(Stats(generated=101, generating_s=2.0, running=0), 15.0)
+    assert tally.has_gained
+    assert tally.work().tok_s == pytest.approx(50.0)
+    tally.see(Stats(generated=101, generating_s=2.0, running=1), 30.0)
+    assert (tally.is_working, tally.has_gained) == (True, False)
+
+
 def test_months_take_no_memory() -> None:
     tally = Tally()
     tracemalloc.start()

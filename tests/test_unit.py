@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from conftest import Mgpu
 from headers import write_model
 from launching import House
+from mgpu.cli import run
 from mgpu.errors import UsageError
+from mgpu.options import valued
 from mgpu.unit import unit
 
 MODEL: Final = "Qwen2.5-0.5B-Instruct-Q4_K_M"
+VALUED: Final = valued(run)
 _BY_LETTER: Final = dict(zip("abfnrtv\\\"'s", "\a\b\f\n\r\t\v\\\"' ", strict=True))
 _DIGITS: Final = {"x": 2, "u": 4, "U": 8}
 
@@ -138,7 +141,7 @@ _marks = st.text("\"'\\%$; #\n\tä-=a", max_size=12)
     st.lists(_any_text | _marks, max_size=5), st.dictionaries(st.sampled_from(["PATH", "HF_HOME"]), _any_text | _marks)
 )
 def test_arguments_and_variables_are_read_back_as_they_were(more: list[str], environ: dict[str, str]) -> None:
-    text = unit(["run", "model", "--", *more], "model", "chat", environ)
+    text = unit(["run", "model", "--", *more], VALUED, "chat", environ)
     assert _argv(text) == [*_START, "run", "model", "--", *more]
     assert _environment(text) == environ
 
@@ -153,39 +156,60 @@ def test_relative_paths_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest
     odd = tmp_path / "100% odd"
     odd.mkdir()
     monkeypatch.chdir(odd)
-    assert _settings(unit(["run", "m"], "m", "m", {}))["WorkingDirectory"] == [f"-{tmp_path}/100%% odd"]
+    assert _settings(unit(["run", "m"], VALUED, "m", {}))["WorkingDirectory"] == [f"-{tmp_path}/100%% odd"]
     ends = tmp_path / "ends with \\"
     ends.mkdir()
     monkeypatch.chdir(ends)  # no way to write that
-    assert "WorkingDirectory" not in _settings(unit(["run", "m"], "m", "m", {}))
+    assert "WorkingDirectory" not in _settings(unit(["run", "m"], VALUED, "m", {}))
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        ["--unit", "run", "m", "--detach"],
-        ["run", "m", "--restart", "on-failure", "--unit"],
-        ["run", "--restart=on-failure", "--unit", "m"],
-    ],
-)
+@pytest.mark.parametrize("typed", [["--unit", "run", "m", "--detach"], ["run", "--detach", "--unit", "m"]])
 def test_what_a_unit_does_by_itself_is_left_out(typed: list[str]) -> None:
-    assert _argv(unit(typed, "m", "m", {})) == [*_START, "run", "m"]
+    assert _argv(unit(typed, VALUED, "m", {})) == [*_START, "run", "m"]
+
+
+@pytest.mark.parametrize("typed", [["--restart", "on-failure"], ["--restart=on-failure"]])
+def test_what_starts_it_again_stays(typed: list[str]) -> None:
+    """It comes back at the same address, sooner, and over the cards that are left."""
+    assert _argv(unit(["run", "m", *typed, "--unit"], VALUED, "m", {}))[4:] == ["run", "m", *typed]
+
+
+def test_a_value_is_neither_the_model_nor_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m.gguf", "run"):
+        (tmp_path / name).touch()
+    path = str(tmp_path / "m.gguf")
+    for words in (["m.gguf", "--name", "m.gguf"], ["--name", "m.gguf", "m.gguf"], ["m.gguf", "--name=m.gguf"]):
+        expected = [path if word == "m.gguf" and words[at - 1] != "--name" else word for at, word in enumerate(words)]
+        assert _argv(unit(["run", *words, "--unit"], VALUED, "m.gguf", {}))[4:] == ["run", *expected]
+    assert _argv(unit(["run", "run", "--unit"], VALUED, "m", {}))[4:] == ["run", str(tmp_path / "run")]
+    odd = ["run", "m.gguf", "--gpus", "--unit", "--rig", "--detach"]
+    assert _argv(unit([*odd, "--unit"], VALUED, "m", {}))[4:] == ["run", path, *odd[2:]]
+
+
+def test_a_key_s_name_as_a_value_is_none() -> None:
+    assert "--gpus" in _argv(unit(["run", "m", "--gpus", "--api-key"], VALUED, "m", {}))
 
 
 def test_the_name_stays() -> None:
-    assert _argv(unit(["run", "m", "--name", "chat", "--unit"], "m", "chat", {}))[4:] == ["run", "m", "--name", "chat"]
+    assert _argv(unit(["run", "m", "--name", "chat", "--unit"], VALUED, "chat", {}))[4:] == [
+        "run",
+        "m",
+        "--name",
+        "chat",
+    ]
 
 
 def test_what_is_behind_the_dashes_is_the_runtime_s(tmp_path: Path) -> None:
     typed = ["run", "m", "--unit", "--", "--unit", "--restart", "x", "--api-key", "y", "--detach"]
-    assert _argv(unit(typed, "m", "m", {}))[4:] == ["run", "m", *typed[3:]]
+    assert _argv(unit(typed, VALUED, "m", {}))[4:] == ["run", "m", *typed[3:]]
 
 
 def test_a_program_with_a_dollar_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables are not replaced in it."""
     program = str(tmp_path / "$odd 100%" / "python")
     monkeypatch.setattr(sys, "executable", program)
-    assert _argv(unit(["run", "m"], "m", "m", {}))[0] == program
+    assert _argv(unit(["run", "m"], VALUED, "m", {}))[0] == program
 
 
 @pytest.mark.parametrize("typed", [["--api-key", "sk-secret"], ["--api-key=sk-secret"]])
@@ -212,7 +236,9 @@ def test_it_is_started_again_where_that_may_help_and_stopped_in_peace(house: Hou
     told = {key: values[0] for key, values in _settings(text).items()}
     assert (told["Type"], told["Restart"], told["KillMode"]) == ("notify", "on-failure", "mixed")
     assert told["SuccessExitStatus"] == "130"  # what SIGTERM ends it with
-    assert set(told["RestartPreventExitStatus"].split()) == {"2", "3", "4", "5", "6", "8"}
+    assert set(told["RestartPreventExitStatus"].split()) == {"2", "3", "4"}  # what is not there at boot may come
+    assert (told["RestartSec"], told["StartLimitIntervalSec"]) == ("30", "0")
+    assert "StartLimitBurst" not in told
     assert told["WantedBy"] == "default.target"
     assert text.startswith("# Keep this as ~/.config/systemd/user/mgpu-chat.service, then\n")
     assert "systemctl --user enable --now mgpu-chat.service" in text
@@ -220,7 +246,7 @@ def test_it_is_started_again_where_that_may_help_and_stopped_in_peace(house: Hou
 
 def test_a_path_that_is_no_text_is_refused(mgpu: Mgpu, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not valid UTF-8"):
-        unit(["run", os.fsdecode(b"/m/\xff.gguf")], "x", "x", {})
+        unit(["run", os.fsdecode(b"/m/\xff.gguf")], VALUED, "x", {})
 
 
 def test_a_question_is_no_service(house: House) -> None:

@@ -28,6 +28,7 @@ from mgpu.options import (
     run_options,
     to_bench_request,
     to_request,
+    valued,
 )
 from mgpu.request import Request
 
@@ -118,7 +119,7 @@ def _print_run(model: str, request: Request, options: dict[str, Any]) -> None:
     if options["as_json"]:
         commands.print_json(decided)
     elif options["unit"]:
-        commands.print_unit(decided, sys.argv[1:], model, options["name"])
+        commands.print_unit(decided, sys.argv[1:], valued(run), options["name"])
     else:
         commands.print_dry_run(decided)
 
@@ -382,6 +383,11 @@ def _as_usage(error: click.ClickException) -> UsageError:
 
 def _end(error: MgpuError) -> NoReturn:
     """Two lines on stderr, after the runtime's own last lines if it has said any; with --json, the object on stdout."""
+    if isinstance(error, InterruptedLaunchError):
+        from mgpu.launch.progress import takes
+
+        if not takes(sys.stderr):  # a full pipe would keep us from ending, which was asked for
+            os._exit(error.exit_code)
     with suppress(OSError):  # nobody to tell it to; the exit code still says it
         if "--json" in _our_arguments():
             from mgpu import commands

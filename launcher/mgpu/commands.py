@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import click
@@ -239,7 +239,7 @@ def _one_runtime(decided: Decided) -> tuple[Job, Plan]:
 
 def print_dry_run(decided: Decided) -> None:
     """The explanation on stderr, the one pasteable line on stdout."""
-    explain(decided)
+    _tell(explain(decided))
     stop_if_refused(decided.plan)
     if _is_proxied(decided):
         from mgpu.launch.planned import proxy_name
@@ -251,14 +251,14 @@ def print_dry_run(decided: Decided) -> None:
     click.echo(os.fsencode(_line(decided)))
 
 
-def print_unit(decided: Decided, arguments: Sequence[str], model: str, name: str | None) -> None:
-    """The explanation on stderr, the unit on stdout."""
+def print_unit(decided: Decided, arguments: Sequence[str], valued: Collection[str], name: str | None) -> None:
+    """The explanation on stderr, the unit on stdout. `valued`: options of `run` that take a value."""
     from mgpu.launch.store import name_for
     from mgpu.unit import unit
 
-    explain(decided)
+    _tell(explain(decided))
     stop_if_refused(decided.plan)
-    click.echo(unit(arguments, model, name or name_for(decided.model.name), os.environ), nl=False)
+    click.echo(unit(arguments, valued, name or name_for(decided.model.name), os.environ), nl=False)
 
 
 def print_plan(decided: Decided, svg: str | None, projection: Projection | None = None) -> None:
@@ -274,7 +274,7 @@ def print_plan(decided: Decided, svg: str | None, projection: Projection | None 
         out.print("", verified_screen(_one_runtime(decided)[1], projection))
     if svg is not None:
         _save_svg(out.export_svg(title=f"mgpu plan {os.path.basename(decided.model.path)}"), svg)  # noqa: PTH119 - not a path that exists
-    _note(decided)
+    _tell(_notes(decided))
     stop_if_refused(decided.plan)
 
 
@@ -385,21 +385,23 @@ def _stated_kv_bytes_per_token(model: Model) -> int:
     return 2 * sum(n_head_kv) * (hyper.head_dim_k + hyper.head_dim_v)
 
 
-def explain(decided: Decided) -> None:
-    """The few lines that say what is going to happen, and why, on stderr."""
-    for line in run_lines(decided.model, decided.plan):
+def explain(decided: Decided) -> tuple[str, ...]:
+    """The few lines that say what is going to happen, and why."""
+    return (*run_lines(decided.model, decided.plan), *_notes(decided))
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
         click.echo(line, err=True)
-    _note(decided)
 
 
-def _note(decided: Decided) -> None:
+def _notes(decided: Decided) -> tuple[str, ...]:
     findings = (
         f"{finding.text}; {finding.hint}" if finding.hint else finding.text
         for finding in decided.facts.rig.findings
         if not finding.usual
     )
-    for note in (*decided.facts.notes, *findings):
-        click.echo(f"  note: {note}", err=True)
+    return tuple(f"  note: {note}" for note in (*decided.facts.notes, *findings))
 
 
 def stop_if_refused(plan: Plan) -> None:

@@ -7,26 +7,27 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 import click
 import msgspec
 
 from mgpu.errors import InterruptedLaunchError, RuntimeFailedError, UsageError
+from mgpu.launch.follow import Following
 from mgpu.launch.heal import heal
 from mgpu.launch.identity import send
-from mgpu.launch.logs import LogTail, last_lines
+from mgpu.launch.records import Record
 from mgpu.launch.redact import redact
-from mgpu.launch.store import Seen, forget, is_alive
+from mgpu.launch.store import Seen, is_alive, is_local, launches, taken_over
 
 #: A runtime has 5 s after SIGTERM, then is killed; a proxy and replicas are ended at once.
 _STOP_S: Final = 30.0
+_CONTAINER_S: Final = 60.0
 _KILLED_S: Final = 5.0
 _POLL_S: Final = 0.05
 _FOLLOW_S: Final = 0.2
+_LOOK_S: Final = 1.0
 _LINES: Final = 40
 
 
@@ -57,8 +58,10 @@ def stop(names: Sequence[str], *, everything: bool) -> None:
     seen = heal()
     chosen = seen if everything else _named(names, seen) if names else _only(seen)
     for one in chosen:
+        _check_local(one)
+    for one in chosen:
         _ask(one)
-    stuck = [one for one in chosen if not _has_ended(one, _STOP_S if one.holder is not None else 0)]
+    stuck = [one for one in chosen if not _has_ended(one, _patience(one))]
     for one in stuck:
         _kill(one)
     heal()
@@ -73,27 +76,29 @@ def stop(names: Sequence[str], *, everything: bool) -> None:
                 f"{one.name} does not end, even killed: it is stuck inside a driver or a disk",
                 hint="`dmesg` may tell more; a reboot will end it",
             )
-        forget(one)
+        with taken_over(one) as over:
+            if over is not None:
+                over.forget()
         click.echo(f"{'cleared away' if not one.alive else 'stopped'} {one.name}", err=True)
     if everything and not chosen:
         click.echo("nothing is running", err=True)
 
 
 def logs(name: str | None, *, follow: bool, lines: int | None) -> None:
-    """What a launch has said: the end of its runtime's log, and what mgpu itself said of it since it was ready."""
+    """What a launch has said: the end of its runtimes' logs, and what mgpu itself said of it since it was ready."""
     seen = heal()
     (one,) = _named((name,), seen) if name is not None else _only(seen)
     record = one.record
-    paths = [] if record is None else [Path(path) for path in (record.own_log, record.log) if path]
-    if not paths:
+    if record is None or not record.all_logs:
         raise RuntimeFailedError(f"{one.name} has no log yet", hint="`mgpu ps` says how far it is")
-    with ExitStack() as stack:
-        tails = [(path, _opened(path, stack)) for path in paths] if follow else []
-        for path in paths:
-            for line in last_lines(path, lines or _LINES):
-                _echo(line)
+    with Following(_echo) as following:
+        flaws = following.show_end(record, lines or _LINES)
+        if len(flaws) == len(record.all_logs):
+            raise RuntimeFailedError(f"{one.name}: {flaws[-1]}", hint="what is launched from now on has one of its own")
+        for flaw in flaws:
+            click.echo(f"mgpu: {one.name}: {flaw}", err=True)
         if follow:
-            _follow(one, [tail for _, tail in tails if tail is not None])
+            _follow(one, following)
 
 
 def _echo(line: str) -> None:
@@ -101,29 +106,29 @@ def _echo(line: str) -> None:
     click.echo(redact(line, home=""))
 
 
-def _opened(path: Path, stack: ExitStack) -> LogTail | None:
-    try:
-        tail = LogTail(path, start=path.stat().st_size)
-    except OSError:
-        return None
-    stack.callback(tail.close)
-    return tail
-
-
-def _follow(one: Seen, tails: Sequence[LogTail]) -> None:
-    """Until it ends, or Ctrl-C: which is no failure here."""
+def _follow(one: Seen, following: Following) -> None:
+    """Until it ends, or Ctrl-C: which is no failure here. A new try has a new log."""
+    looked_at = time.monotonic()
     try:
         while True:
             alive = is_alive(one)  # asked before reading: what it says last is not missed
-            for tail in tails:
-                for line in tail.read():
-                    _echo(line)
+            if not alive or time.monotonic() - looked_at >= _LOOK_S:
+                looked_at = time.monotonic()
+                record = _record_now(one)
+                if record is not None:
+                    following.keep_to(record)
+            following.read()
             sys.stdout.flush()
             if not alive:
                 return
             time.sleep(_FOLLOW_S)
     except KeyboardInterrupt:
         raise InterruptedLaunchError("interrupted") from None
+
+
+def _record_now(one: Seen) -> Record | None:
+    """None where it is over, and nothing is left."""
+    return next((seen.record for seen in launches() if seen.name == one.name), None)
 
 
 def _named(names: Sequence[str], seen: Sequence[Seen]) -> tuple[Seen, ...]:
@@ -145,6 +150,22 @@ def _only(seen: Sequence[Seen]) -> tuple[Seen, ...]:
     if len(seen) > 1:
         raise UsageError(f"there are {len(seen)} launches: say which", hint=", ".join(one.name for one in seen))
     return tuple(seen)
+
+
+def _check_local(one: Seen) -> None:
+    """Raises for a launch on another machine, where no signal reaches it."""
+    if one.alive and one.record is not None and one.record.machine is not None and not is_local(one.record):
+        raise UsageError(
+            f"{one.name} runs on {one.record.machine.name}, which shares this home",
+            hint=f"`mgpu stop {one.name}` there",
+        )
+
+
+def _patience(one: Seen) -> float:
+    """A container that is removed gives its GPUs back first."""
+    if one.holder is None:
+        return 0.0
+    return _STOP_S + (_CONTAINER_S if one.record is not None and one.record.after else 0.0)
 
 
 def _ask(one: Seen) -> None:
@@ -178,8 +199,3 @@ def _object(one: Seen) -> dict[str, Any]:
     pids = {"pid": one.holder.pid if one.alive and one.holder else None}
     kept = {key: value for key, value in told.items() if key not in hidden}
     return {**kept, "alive": one.alive, **pids, "runtime_pids": [runtime.pid for runtime in one.record.runtimes]}
-
-
-def names() -> Iterator[str]:
-    """For the completion of a NAME."""
-    yield from (seen.name for seen in heal())

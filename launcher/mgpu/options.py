@@ -188,12 +188,19 @@ def run_options(command: Command) -> Command:
     return command
 
 
+def valued(command: click.Command) -> frozenset[str]:
+    """The options of `command` that take a value, as they are typed."""
+    options = (one for one in command.params if isinstance(one, click.Option))
+    return frozenset(name for one in options if not one.is_flag and not one.count for name in one.opts)
+
+
 def check_run(options: dict[str, Any]) -> None:
     """Raises `UsageError` for options of `run` that contradict each other."""
     name = options["name"]
     if name is not None and not _LAUNCH_NAME.fullmatch(name):
         raise UsageError(
-            f"--name {name!r} is not a name", hint="letters, digits, dots, dashes and underscores; 64 at most"
+            f"--name {name!r} is not a name",
+            hint="a letter or digit, then letters, digits, dots, dashes and underscores; 64 at most",
         )
     if options["prompt"] is None:
         return

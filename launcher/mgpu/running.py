@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-import click
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -28,12 +27,14 @@ from mgpu.launch.foreground import launch_plan
 from mgpu.launch.heal import heal
 from mgpu.launch.keeper import Keeper, Kept, planned_cards
 from mgpu.launch.logs import new_log
+from mgpu.launch.notify import VARIABLE as NOTIFY
 from mgpu.launch.notify import notify
 from mgpu.launch.progress import say
 from mgpu.launch.records import End, Record
-from mgpu.launch.signals import StopSignals
+from mgpu.launch.signals import StopSignals, raising
 from mgpu.launch.store import Entry, enter, name_for, planning
 from mgpu.launch.verify import Launched
+from mgpu.plan import Plan
 from mgpu.remade import difference, learnt_from, remade
 from mgpu.request import Request
 
@@ -64,14 +65,22 @@ def run(wish: Wish, *, decide: Decide | None = None) -> None:
     """
     decide = decide or _decide
     gc.enable()  # from here on we may live for weeks
-    heal()
-    with planning(_tell_of_waiting, on_stuck=_tell_of_stuck):
-        decided = decide(wish, ())
-        commands.explain(decided)
-        commands.stop_if_refused(decided.plan)
-        entry = enter(_record(decided, wish))
-    with entry, StopSignals() as stop:
-        _Run(wish, decide, decided, entry, stop).go()
+    with raising():
+        heal()
+        with planning(_tell_of_waiting, on_stuck=_tell_of_stuck):
+            decided = decide(wish, ())
+            _explain(decided)
+            commands.stop_if_refused(decided.plan)
+            entry = enter(_record(decided, wish), exact=wish.name is not None)
+        with entry, StopSignals() as stop:
+            one = _Run(wish, decide, decided, entry, stop)
+            try:
+                one.go()
+            except MgpuError:
+                raise
+            except Exception as bug:
+                one.leave_word_of(bug)
+                raise
 
 
 class _Run:
@@ -105,9 +114,17 @@ class _Run:
                 if not self._may_go_on(error):
                     self._end(error)
             except MgpuError as error:
-                self._end(error)
+                if not (self.entry.record.restarts and self._restart(error)):
+                    self._end(error)
             else:
                 return
+
+    def leave_word_of(self, bug: Exception) -> None:
+        """Of a bug of ours, where nobody sees its traceback."""
+        if self.entry.record.detached and self.tether is None:
+            message = f"a bug in mgpu: {type(bug).__name__}: {bug}"
+            hint = f"please report it, with the end of {self.entry.record.own_log}"
+            self._keep_end(End(exit_code=MgpuError.exit_code, message=message, hint=hint, at=time.time()))
 
     def _launch(self) -> None:
         self.decided = commands.with_real_key(self.decided)  # not before: what is refused makes no key
@@ -121,7 +138,7 @@ class _Run:
             api_key=decided.request.api_key,
             ends_unwell=wish.restarts,
         )
-        self.keeper = Keeper(self.entry, kept, sys.stderr)
+        self.keeper = Keeper(self.entry, kept, sys.stderr, earlier=self.keeper)
         stays = _how_it_ends(self.entry.record) if wish.prompt is None else ""
         if decided.attachment is not None:
             self._attach(decided, self.keeper, stays)
@@ -185,7 +202,7 @@ class _Run:
         notify("READY=1" if not self.entry.record.restarts else "READY=1\nSTATUS=ready again")
         tether, self.tether = self.tether, None
         if tether is not None:
-            own = new_log(f"{self.entry.record.name}-mgpu", kept=(self.entry.record.log,)).path
+            own = new_log(f"{self.entry.record.name}-mgpu", kept=self.entry.record.all_logs).path
             self.entry.change(own_log=str(own))
             tether.let_go(own)
 
@@ -232,20 +249,22 @@ class _Run:
                 commands.stop_if_refused(whole.plan)
                 raise DoesNotFitError("the flags after `--` leave none", hint="leave them to mgpu")
             commands.stop_if_refused(other.plan)
+            if not words:
+                _refuse_cpu(other.plan, old, self.wish.request)
             self._take(other)
         differs = difference(self.decided.plan, old)
         if words or differs:
             say(sys.stderr, f"  planned anew{words}: {differs or 'as before'}")
-            commands.explain(self.decided)
+            _explain(self.decided)
 
-    def _restart(self, error: RuntimeFailedError) -> bool:
+    def _restart(self, error: MgpuError) -> bool:
         """Start it again after a pause, however often that takes; False: it has failed too often."""
         lived = 0.0 if self.ready_at is None else time.monotonic() - self.ready_at
         if lived >= LONG_S:
             self.remade = self.short = 0
             self.learnt = () if not isinstance(error, OutOfMemoryError) else self.learnt
         failed: MgpuError = error
-        report = self._report(error)
+        report = self._report(error) if isinstance(error, RuntimeFailedError) else ""
         while (pause := self.restarts.failed(lived)) is not None:
             self._tell(failed, pause, report)
             self._pause(pause)
@@ -256,6 +275,7 @@ class _Run:
             except MgpuError as refused:
                 failed, lived, report = refused, 0.0, ""
             else:
+                self.entry.change(restarts=self.entry.record.restarts + 1)
                 return True
         say(sys.stderr, f"  it has failed {self.restarts.in_a_row} times in a row: not started again")
         return False
@@ -266,10 +286,7 @@ class _Run:
         again = f"started again in {pause:.0f} s ({self.restarts.in_a_row} of {MOST} in a row)"
         say(sys.stderr, f"  {again}{f'   report: {report}' if report else ''}")
         notify(f"STATUS=failed, started again in {pause:.0f} s")
-        restarts = self.entry.record.restarts + 1
-        self.entry.change(
-            state="waiting", said=failed.message, restarts=restarts, cards=(), promised_host=0, runtimes=()
-        )
+        self.entry.change(state="waiting", said=failed.message, cards=(), promised_host=0, runtimes=())
 
     def _take(self, decided: Decided) -> None:
         """From now on this is the plan."""
@@ -282,6 +299,7 @@ class _Run:
             placement=fresh.placement,
             ctx=fresh.ctx,
             log="",
+            logs=(),
             ready=None,
         )
 
@@ -296,10 +314,13 @@ class _Run:
         report = self._report(error) if isinstance(error, RuntimeFailedError) else ""
         if self.entry.record.detached and self.tether is None:
             end = End(exit_code=error.exit_code, message=error.message, hint=error.hint, at=time.time(), report=report)
-            over = {"runtimes": (), "directories": (), "cards": (), "ports": (), "after": (), "undo": ()}
-            self.entry.change(state="failed", end=end, **over)
-            self.entry.close(keep=True)
+            self._keep_end(end)
         raise error
+
+    def _keep_end(self, end: End) -> None:
+        over = {"runtimes": (), "directories": (), "cards": (), "ports": (), "after": (), "undo": ()}
+        self.entry.change(state="failed", end=end, **over)
+        self.entry.close(keep=True)
 
     def _report(self, error: RuntimeFailedError) -> str:
         if error.report or (not self.entry.record.runtimes and self.decided.attachment is None):
@@ -341,6 +362,8 @@ def _record(decided: Decided, wish: Wish) -> Record:
         mgpu=__version__,
         name=name,
         detached=wish.tether is not None,
+        terminal=wish.tether is None and os.isatty(2),
+        unit=wish.tether is None and bool(os.environ.get(NOTIFY)),
         model=decided.model.name,
         path=decided.model.path,
         runtime=plan.runtime,
@@ -359,9 +382,26 @@ def _how_it_ends(record: Record) -> str:
     return f"`mgpu stop {record.name}` stops it" if record.detached else "Ctrl-C stops it"
 
 
+def _explain(decided: Decided) -> None:
+    for line in commands.explain(decided):
+        say(sys.stderr, line)
+
+
+def _refuse_cpu(plan: Plan, old: Plan, request: Request) -> None:
+    """What ran on cards is not quietly started on the CPU alone: a driver that is being upgraded comes back.
+
+    Raises `DoesNotFitError`.
+    """
+    if old.devices and plan.placement == "cpu" and request.offload != "allow":
+        raise DoesNotFitError(
+            "the cards it ran on are gone or have no room, and the CPU alone would be many times slower",
+            hint="--offload allow lets it run there all the same",
+        )
+
+
 def _tell_of_waiting() -> None:
-    click.echo("  another mgpu is just deciding: waiting for it", err=True)
+    say(sys.stderr, "  another mgpu is just deciding: waiting for it")
 
 
 def _tell_of_stuck(waited: str) -> None:
-    click.echo(f"  note: {waited}: going on without it", err=True)
+    say(sys.stderr, f"  note: {waited}: going on without it")

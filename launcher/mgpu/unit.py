@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,12 +19,14 @@ _VARIABLES: Final = re.compile(
 )
 _SECRET: Final = re.compile(r"KEY|TOKEN|SECRET|PASSW")
 
-#: What cannot get better by trying again: usage, refused, a bad model, no room, no runtime, a wrong rig.
-_HOPELESS: Final = "2 3 4 5 6 8"
+#: What cannot get better by trying again: usage, refused, a bad model. That there is no room (5), no runtime (6), not
+#: the rig (8) may mean at boot that another unit is just loading, a disk is not mounted, a driver not awake yet.
+_HOPELESS: Final = "2 3 4"
 
-#: Options of ours that a unit has no use for; those in the second set take a value.
+#: Options of ours that a unit has no use for.
 _DROPPED: Final = frozenset({"--unit", "--detach"})
-_DROPPED_WITH_VALUE: Final = frozenset({"--restart"})
+
+_MODEL: Final = 2  # of the plain words: `run` is the first
 
 _HEAD: Final = """\
 # Keep this as ~/.config/systemd/user/{file}, then
@@ -32,26 +35,25 @@ _HEAD: Final = """\
 """
 
 
-def unit(arguments: Sequence[str], model: str, name: str, environ: Mapping[str, str]) -> str:
-    """The unit's text. `arguments`: of `mgpu`, as they were typed; `model`: the word among them that names the model.
+def unit(arguments: Sequence[str], valued: Collection[str], name: str, environ: Mapping[str, str]) -> str:
+    """The unit's text. `arguments`: of `mgpu`, as they were typed; `valued`: options of `run` that take a value.
 
     Raises `UsageError` for what a unit cannot hold: a key, text that is no valid UTF-8.
     """
     ours = list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
-    if any(word == "--api-key" or word.startswith("--api-key=") for word in ours):
+    if any(option == "--api-key" for option, _ in _told(ours, valued)):
         raise UsageError(
             "a unit is a file that others may read: not a place for --api-key",
             hint=f"leave it out (a key is made and kept), or set ${KEY_VARIABLE} by EnvironmentFile=",
         )
-    words = _kept(ours, model) + list(arguments[len(ours) :])
+    words = _kept(ours, valued) + list(arguments[len(ours) :])
     settings = [_assignment(key, environ[key]) for key in sorted(environ) if _counts(key)]
     program = _quoted(sys.executable)  # a path: no variables are replaced in it
     exec_start = " ".join((program, *(_word(word) for word in ("-P", "-m", "mgpu", *words))))
     lines = (
         "[Unit]",
         f"Description=mgpu: {_plain(name)}",
-        "StartLimitIntervalSec=600",
-        "StartLimitBurst=7",
+        "StartLimitIntervalSec=0",  # it may take days until there is room again
         "",
         "[Service]",
         "Type=notify",
@@ -61,7 +63,7 @@ def unit(arguments: Sequence[str], model: str, name: str, environ: Mapping[str, 
         *settings,
         f"ExecStart={exec_start}",
         "Restart=on-failure",
-        "RestartSec=5",
+        "RestartSec=30",
         f"RestartPreventExitStatus={_HOPELESS}",
         "SuccessExitStatus=130",
         "KillMode=mixed",
@@ -74,21 +76,30 @@ def unit(arguments: Sequence[str], model: str, name: str, environ: Mapping[str, 
     return _HEAD.format(file=f"mgpu-{name}.service") + "\n".join(lines)
 
 
-def _kept(words: Sequence[str], model: str) -> list[str]:
+def _kept(words: Sequence[str], valued: Collection[str]) -> list[str]:
     """Without what a unit does by itself; the model by its whole path, as a unit starts elsewhere."""
     kept: list[str] = []
+    n_plain = 0
+    for option, typed in _told(words, valued):
+        n_plain += not option
+        if not option and n_plain == _MODEL and Path(typed[0]).exists():
+            kept.append(os.path.abspath(typed[0]))  # noqa: PTH100 - links stay
+        elif option not in _DROPPED:
+            kept += typed
+    return kept
+
+
+def _told(words: Sequence[str], valued: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Options with the words they were typed in, their value's among them; the option of plain words is empty."""
     rest = iter(words)
     for word in rest:
-        if word in _DROPPED:
-            continue
-        if word in _DROPPED_WITH_VALUE:
-            next(rest, None)
-            continue
-        if word.partition("=")[0] in _DROPPED_WITH_VALUE:
-            continue
-        path = Path(word)
-        kept.append(os.path.abspath(word) if word == model and path.exists() else word)  # noqa: PTH100 - links stay
-    return kept
+        option, has_value, _ = word.partition("=")
+        if not word.startswith("-"):
+            yield "", [word]
+        elif option in valued and not has_value:
+            yield option, [word, *itertools.islice(rest, 1)]
+        else:
+            yield option, [word]
 
 
 def _working_directory() -> tuple[str, ...]:

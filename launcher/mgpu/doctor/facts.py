@@ -55,6 +55,7 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     `ram` is what this process may use, `machine_ram` what there is. `swaps` are the files and devices of /proc/swaps.
     `set_aside`: huge pages that only those who ask for them can use. `cpu_quota`: cores' worth of time that the control
     group grants. `numa_balancing` is what /proc/sys/kernel/numa_balancing says.
+    `kills_at_logout`: systemd-logind ends what this user has started when the session ends.
     """
 
     container: str = ""  # "Docker", "Podman", "a container"
@@ -77,6 +78,7 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     governor_driver: str = ""
     numa_nodes: int = 1
     numa_balancing: int | None = None
+    kills_at_logout: bool | None = None
 
 
 class Limits(Struct, frozen=True, kw_only=True):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Final, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
 
 from msgspec import Struct
 
 from mgpu.detect.host import read_host
-from mgpu.detect.live import CardNow, read_now
-from mgpu.launch.background import Background
+from mgpu.detect.live import CardNow
 from mgpu.launch.spill import HostSeen, Place, judge
 from mgpu.launch.verify import Reported
 from mgpu.plan import Plan
 from mgpu.rig import Gpu
 from mgpu.units import gib
 
-T = TypeVar("T")
-
-_LOOK_S: Final = 10.0  # a driver that takes longer is not waited for
 _UNIFIED: Final = "GGML_CUDA_ENABLE_UNIFIED_MEMORY"
 
 
@@ -30,15 +26,20 @@ class Before(Struct, frozen=True, kw_only=True):
     ram_bytes: int | None
 
 
-def look_before(gpus: Sequence[Gpu]) -> Before:
-    """Never raises, and waits for no driver."""
-    return Before(cards=_bounded(lambda: read_now(gpus), ()) if gpus else (), ram_bytes=_ram())
+def look_before(cards: tuple[CardNow, ...]) -> Before:
+    """`cards`: as they are now, as far as they could be seen."""
+    return Before(cards=cards, ram_bytes=_ram())
 
 
 def compare(
-    before: Before, plans: Sequence[Plan], gpus: Sequence[Gpu], roots: Sequence[int], environ: Mapping[str, str]
+    before: Before,
+    after: tuple[CardNow, ...],
+    plans: Sequence[Plan],
+    gpus: Sequence[Gpu],
+    roots: Sequence[int],
+    environ: Mapping[str, str],
 ) -> tuple[Place, ...]:
-    """Each card of `plans` as it is now. `roots`: the processes that were started, one for each plan."""
+    """Each card of `plans`. `after`: as they are now. `roots`: the processes that were started, one for each plan."""
     if not gpus:
         return ()
     from mgpu.launch.tree import family, host_bytes  # psutil: imported by then
@@ -51,7 +52,6 @@ def compare(
         unified=_UNIFIED in environ,
         wsl="microsoft" in os.uname().release.lower(),
     )
-    after: tuple[CardNow, ...] = _bounded(lambda: read_now(gpus), ())
     pids = {pid for root in roots for pid in family(root)}
     return judge(plans, gpus, before=before.cards, after=after, host=host, pids=pids)
 
@@ -74,14 +74,3 @@ def held_lines(places: Collection[Place], reported: Mapping[int, Reported]) -> t
 
 def _ram() -> int | None:
     return read_host().memory.available_bytes or None
-
-
-def _bounded(look: Callable[[], T], otherwise: T) -> T:
-    """What `look` returns, if it does so in time: a driver that hangs must not keep us from hearing a signal."""
-
-    def once() -> Iterator[T]:
-        yield look()
-
-    looking = Background(once(), lambda: None)
-    looking.join(_LOOK_S)
-    return next(iter(looking.take()), otherwise) if looking.done else otherwise

@@ -60,18 +60,19 @@ def use(  # noqa: PLR0913 - all by keyword, from one call in two places
     on_ready: Callable[[float], None] = lambda _: None,
     watch: Watch | None = None,
     tend: Callable[[], float | None] = lambda: None,
+    loading: Callable[[], None] = lambda: None,
 ) -> None:
     """Begin, then answer `prompt` or stay, then end. `on_ready` is told after how many seconds it answered.
 
     `watch`: the process behind the service, where mgpu has started it; its death ends everything. `tend` is called
-    between two looks at the service.
+    between two looks at the service, `loading` again and again until it is ready.
     Returns after a `prompt` was answered. Raises `InterruptedLaunchError` on a stop signal, what a talk raises, and
     `RuntimeFailedError` when `Attachment.check` has failed twice, or the process has died.
     """
     session = _Session(attachment, stop, out, err, watch)
     started = time.monotonic()
     try:
-        session.run(attachment.begin())
+        session.run(attachment.begin(), loading)
         on_ready(time.monotonic() - started)
         if prompt is None:
             session.stay(tend)
@@ -98,13 +99,14 @@ class _Session:
         self._line = ToldLine(err)
         self._kept: set[str] = set()
 
-    def run(self, talk: Talk) -> None:
+    def run(self, talk: Talk, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Up to its end. Raises what it raises, and for a stop or the death of the process."""
         with closing(_Turn(talk, self._stop.wake)) as turn:
             try:
                 while turn.goes_on():
                     self._show(turn)
                     self._heed()
+                    meanwhile()
                     self._stop.wait(_TICK_S)
             except RuntimeFailedError as error:
                 raise self._with_log(error) from error

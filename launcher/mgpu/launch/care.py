@@ -25,6 +25,9 @@ class Care:
         """Where several may, and what stands before them. Raises as `mgpu.launch.ports.choose_ports`."""
         return choose_ports(host, wanted, n_members, proxied=proxied, start=start)
 
+    def starting(self, command: Command) -> None:
+        """A process is about to be started by it."""
+
     def started(self, child: Child, command: Command) -> None:
         """A process runs."""
 

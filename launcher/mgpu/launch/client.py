@@ -45,6 +45,10 @@ _LOST_BEHIND: Final = frozenset({502, 504})
 _NOT_FOUND: Final = 404
 
 
+class LateError(RuntimeFailedError):
+    """Nothing came in time, on a connection that stands: it may be at work for others."""
+
+
 class _Usage(Struct, frozen=True):
     completion_tokens: int = 0
 
@@ -114,7 +118,7 @@ class Client:
                     if response.status != _NOT_FOUND:
                         return False
         except (OSError, HTTPException) as error:
-            raise _lost(error, "the first token") from error
+            raise _lost(error, "the first token", timeout_s) from error
         return False
 
     def answer(self, prompt: str) -> Iterator[Piece]:
@@ -136,7 +140,7 @@ class Client:
                     if response.status != _NOT_FOUND or not refusal:
                         refusal = f"HTTP {response.status}: {error_message(read_whole(response, MAX_BODY))}"
         except (OSError, HTTPException) as error:
-            raise _lost(error, "the answer") from error
+            raise _lost(error, "the answer", _TOKEN_TIMEOUT_S) from error
         raise RuntimeFailedError(f"refused the question with {refusal}")
 
     @contextmanager
@@ -189,9 +193,9 @@ def _check_token(status: int, body: bytes, fingerprint: str) -> None:
         raise RuntimeFailedError(f"does not run as planned: it answers as {told!r}")
 
 
-def _lost(error: OSError | HTTPException, what: str) -> RuntimeFailedError:
+def _lost(error: OSError | HTTPException, what: str, timeout_s: float) -> RuntimeFailedError:
     if isinstance(error, TimeoutError):
-        return RuntimeFailedError(f"sent nothing of {what} for {_TOKEN_TIMEOUT_S:.0f} s")
+        return LateError(f"sent nothing of {what} for {timeout_s:.0f} s")
     if isinstance(error, TooMuchError):
         return RuntimeFailedError(f"{error} in place of {what}")
     return LostError(f"broke off {what}")

@@ -67,7 +67,7 @@ def _lines(
         yield "Before that:"
         yield ""
         yield from (f"    {line}" for line in said)
-    lines = last_lines(Path(record.log), _LINES) if record.log else error.log_tail
+    lines = (last_lines(Path(record.log), _LINES) if record.log else ()) or error.log_tail
     yield ""
     yield f"The last {len(lines)} lines of its log:"
     yield ""

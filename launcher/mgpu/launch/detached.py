@@ -64,6 +64,10 @@ def detach(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
                 f"the launch {describe_exit(code)} before it was ready",
                 hint="start it again; `mgpu ps` shows what runs",
             )
+        if code == 0:
+            raise RuntimeFailedError(
+                "the launch ended before it was ready", hint="run it without --detach to see what it says"
+            )
         return code
 
 

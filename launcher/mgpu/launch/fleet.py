@@ -148,6 +148,7 @@ class _Session:
 
     def _start(self, command: Command, log_path: Path) -> Child:
         write_files(command.files)
+        self.fleet.care.starting(command)
         child = Child.of(command, self.fleet.environ, log_path)
         self.fleet.care.started(child, command)
         return child

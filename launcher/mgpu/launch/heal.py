@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
@@ -24,13 +25,14 @@ from mgpu.launch.leftovers import Leftovers
 from mgpu.launch.locks import unheld
 from mgpu.launch.places import state_dirs
 from mgpu.launch.records import End, Record
-from mgpu.launch.store import Seen, forget, launches, rewrite
+from mgpu.launch.store import Seen, is_local, launches, taken_over
 
 _GRACE_S: Final = 5.0  # from SIGTERM to SIGKILL, as for a child
 _POLL_S: Final = 0.02
 _UNDO_S: Final = 5.0  # a service that does not answer has no more to give back
 _KEPT_S: Final = 7 * 86400.0  # how a launch ended is told for a week
-_PRIVATE: Final = re.compile(r"(?:run|proxy)-[A-Za-z0-9_-]+")
+_BEING_MADE_S: Final = 3600.0  # a private directory that nobody has named by then
+_PRIVATE: Final = re.compile(r"(?:mgpu-)?(?:run|proxy)-[A-Za-z0-9_-]+")
 _KILLED: Final = 7  # exit code of what died
 
 _DRAFT: Final = re.compile(r"\..+\.([0-9]{1,9})")
@@ -42,33 +44,51 @@ def heal(*, now: float | None = None) -> tuple[Seen, ...]:
     left = tuple(kept for seen in launches() if (kept := _healed(seen, now)) is not None)
     for state in state_dirs():
         _remove_drafts(state / "launches")
+        _sweep(state, left, now)
     return left
 
 
 def _healed(seen: Seen, now: float) -> Seen | None:
-    if seen.alive:
+    if seen.alive or (seen.record is not None and not _is_due(seen.record, seen, now)):
         return seen
-    record = seen.record
-    if record is None:
-        forget(seen)
-        return None
-    if record.end is not None:
-        if abs(now - record.end.at) > _KEPT_S:  # also where the clock has been set back
-            forget(seen)
+    with taken_over(seen) as over:
+        if over is None:
+            return seen  # it lives after all, or somebody else is at it
+        told = _ended(over.record, seen.folder.parent, now) if over.record is not None else None
+        if told is None:
+            over.forget()
             return None
-        return seen
-    _clean_up(record, seen.folder.parent)
+        over.rewrite(told)
+    return replace(seen, record=told)
+
+
+def _is_due(record: Record, seen: Seen, now: float) -> bool:
+    """Whether there is something to do: of launches on other machines only what is old, as nothing is known of them."""
+    if not is_local(record):
+        return abs(now - _changed(seen)) > _KEPT_S
+    return record.end is None or abs(now - record.end.at) > _KEPT_S  # also where the clock has been set back
+
+
+def _ended(record: Record, state: Path, now: float) -> Record | None:
+    """Clean up after a launch that is over. Returns what is to be told of it; None: nothing, or not any longer."""
+    if record.end is not None or not is_local(record):
+        return None
+    _clean_up(record, state)
     if not record.detached:
-        forget(seen)
         return None
     end = End(
         exit_code=_KILLED,
         message=f"mgpu itself was killed, or the machine went down; {record.runtime or 'its runtime'} was ended, too",
         at=now,
     )
-    told = replace(record, state="failed", end=end, runtimes=(), directories=(), after=(), undo=(), cards=(), ports=())
-    rewrite(seen, told)
-    return replace(seen, record=told)
+    return replace(record, state="failed", end=end, runtimes=(), directories=(), after=(), undo=(), cards=(), ports=())
+
+
+def _changed(seen: Seen) -> float:
+    try:
+        return (seen.folder / f"{seen.name}.json").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _clean_up(record: Record, state: Path) -> None:
@@ -79,12 +99,41 @@ def _clean_up(record: Record, state: Path) -> None:
     _end(families)
     leftovers.clear(by_itself=True)
     for argv in record.after:
-        _run(argv)
+        _run(argv, record.variables)
     _undo(record)
     for name in record.directories:
-        path = Path(name)
-        if path.parent in {state, *state_dirs()} and _PRIVATE.fullmatch(path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        if _is_private(Path(name), (state, *state_dirs())):
+            shutil.rmtree(name, ignore_errors=True)
+
+
+def _is_private(path: Path, states: Sequence[Path]) -> bool:
+    """A directory that a launch has made for itself, here or among temporary files, and nothing else."""
+    import tempfile  # 5 ms, for a rare case
+
+    temporary = Path(tempfile.gettempdir())
+    if not _PRIVATE.fullmatch(path.name) or path.parent not in {*states, temporary}:
+        return False
+    if path.parent == temporary and not path.name.startswith("mgpu-"):
+        return False
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
+
+
+def _sweep(state: Path, left: Sequence[Seen], now: float) -> None:
+    """Private directories that no record names: of launches that were killed while they were making one."""
+    if any(seen.record is None for seen in left):
+        return  # whose they are cannot be told just now
+    named = {name for seen in left if seen.record is not None for name in seen.record.directories}
+    try:
+        found = [path for path in state.iterdir() if str(path) not in named and _is_private(path, (state,))]
+        old = [path for path in found if now - path.stat().st_mtime > _BEING_MADE_S]
+    except OSError:
+        return
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _end(orphans: Sequence[_Orphan]) -> None:
@@ -124,10 +173,11 @@ class _Orphan:
         return is_running(self._identity) or self._family.any_alive()
 
 
-def _run(argv: tuple[str, ...]) -> None:
+def _run(argv: tuple[str, ...], variables: Mapping[str, str]) -> None:
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(
             argv,
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -28,6 +28,25 @@ def identify(pid: int) -> Identity | None:
     return None if start is None else Identity(pid=pid, start=start)
 
 
+class Machine(Struct, frozen=True, kw_only=True):
+    """Where a launch runs: a home directory may be shared. `boot`: of the kernel, which containers share."""
+
+    name: str
+    boot: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is that machine, or the same one in another boot, or another container on it."""
+        here = this_machine()
+        return not self.boot or self.boot == here.boot or self.name == here.name
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    return Machine(name=os.uname().nodename, boot=_boot().partition(":")[0])
+
+
 def is_running(identity: Identity) -> bool:
     """Whether it is still that process."""
     return _start(identity.pid) == identity.start

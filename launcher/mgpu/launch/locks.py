@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Final, Self
 
 _POLL_S: Final = 0.05
+
+#: Of a lock that nobody can have taken.
+_NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP})
 
 
 class Lock:
@@ -39,6 +43,16 @@ class Lock:
             if _is_at(descriptor, path):
                 return cls(descriptor, path)
             os.close(descriptor)  # its last holder removed the file while we were opening it
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether others can see it: a cleaner of old files, or a person, may have removed it."""
+        return _is_at(self._descriptor, self.path)
+
+    def touch(self) -> None:
+        """Show that it is in use to whoever removes what is old."""
+        with suppress(OSError):
+            os.utime(self._descriptor)
 
     def write(self, text: str) -> None:
         """Replace what the file says. A full disk is no reason to give the lock up."""
@@ -89,8 +103,8 @@ def unheld(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock at `path`; if so, nobody can take it while in here: its file may be removed."""
     try:
         lock = Lock.try_take(path)
-    except OSError:  # it cannot be locked: nobody could have
-        yield True
+    except OSError as error:
+        yield error.errno in _NOT_THERE  # else it may be held for all we know
         return
     try:
         yield lock is not None
@@ -102,7 +116,7 @@ def unheld(path: Path) -> Iterator[bool]:
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -6,8 +6,9 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final
 
 from msgspec import Struct
 
@@ -16,7 +17,7 @@ KEPT_LOGS: Final = 20
 _MAX_LINE: Final = 4096  # bytes kept of one line: enough to recognise it
 _CHUNK: Final = 1 << 20
 _REST: Final = 4 << 20  # bytes read at most when a runtime has ended
-_TAIL: Final = 64 << 10  # bytes in which the last lines are looked for
+_TAILS: Final = (64 << 10, 1 << 20, 8 << 20)  # bytes of its end in which the last lines are looked for
 
 LONGEST: Final = 64 << 20  # bytes of a log
 _KEPT_END: Final = 8 << 20
@@ -38,10 +39,13 @@ class LogPlace(Struct, frozen=True, kw_only=True):
 
 
 class LogTail:
-    """The lines of a file that another process appends to, in pieces. Lines are text without colours and controls."""
+    """The lines of a file that another process appends to, in pieces. Lines are text without colours and controls.
 
-    def __init__(self, path: Path, *, start: int = 0) -> None:
-        self._file = path.open("rb", buffering=0)
+    It stays with the file it has opened, also where that is given another name, or none. `writable`: to be shortened.
+    """
+
+    def __init__(self, path: Path, *, start: int = 0, writable: bool = False) -> None:
+        self._file = _open(path, writable=writable)
         self._file.seek(max(start - _KNOWN, 0))
         self._last = self._file.read(min(start, _KNOWN)) or b""  # what was read last, to be found again
         self._partial = b""
@@ -62,6 +66,42 @@ class LogTail:
     @property
     def size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
+
+    @property
+    def behind(self) -> int:
+        """Bytes that were not read yet; less than none where the log was cut since."""
+        return self.size - self._file.tell()
+
+    def last_lines(self, n: int, *, start: int = 0) -> tuple[str, ...]:
+        """As the function of that name, of the file that is open here."""
+        place = self._file.tell()
+        try:
+            return _last_lines(self._file, n, start)
+        except OSError:
+            return ()
+        finally:
+            self._file.seek(place)
+
+    def shorten(self) -> bool:
+        """Keep a log that grows for months from filling the disk: beyond `LONGEST` only its end stays, in place.
+
+        The runtime appends (O_APPEND), so it goes on at the new end; so do we. What it writes in this very moment may
+        be lost. Returns whether it was cut.
+        """
+        if self.size <= LONGEST:
+            return False
+        place = self._file.tell()
+        try:
+            self._file.seek(-_KEPT_END, os.SEEK_END)
+            end = (self._file.read(_KEPT_END) or b"").partition(b"\n")[2]
+            self._file.truncate(0)
+            self._file.write(_SHORTENED + end)
+        except OSError:
+            self._file.seek(place)
+            return False  # the next time, perhaps
+        self._file.seek(0)
+        self._was_cut = True
+        return True
 
     def read(self) -> list[str]:
         """The lines completed since the last call (at most 1 MiB of them)."""
@@ -97,15 +137,26 @@ def last_lines(path: Path, n: int, *, start: int = 0) -> tuple[str, ...]:
     """
     try:
         with path.open("rb") as file:
-            begin = max(file.seek(0, os.SEEK_END) - _TAIL, start)
-            file.seek(begin)
-            raw = file.read(_TAIL).split(b"\n")
+            return _last_lines(file, n, start)
     except OSError:
         return ()
-    if begin > start and len(raw) > 1:
-        del raw[0]  # cut in the middle
-    lines = [_clean(line[:_MAX_LINE]).rstrip() for line in raw]
-    return tuple(line for line in lines if line and not _BACKTRACE.match(line))[-n:]
+
+
+def _last_lines(file: BinaryIO | FileIO, n: int, start: int) -> tuple[str, ...]:
+    """Looked for further and further back, until there are enough."""
+    end = file.seek(0, os.SEEK_END)
+    lines: tuple[str, ...] = ()
+    for n_bytes in _TAILS:
+        begin = max(end - n_bytes, start)
+        file.seek(begin)
+        raw = (file.read(max(end - begin, 0)) or b"").split(b"\n")
+        if begin > start and len(raw) > 1:
+            del raw[0]  # cut in the middle
+        cleaned = (_clean(line[:_MAX_LINE]).rstrip() for line in raw)
+        lines = tuple(line for line in cleaned if line and not _BACKTRACE.match(line))[-n:]
+        if len(lines) >= n or begin == start:
+            break
+    return lines
 
 
 def new_log(name: str, *, state_dir: Path | None = None, kept: Sequence[str] = ()) -> LogPlace:
@@ -145,38 +196,11 @@ def _elsewhere(file_name: str, why: str) -> LogPlace:
     return LogPlace(path=path, note=f"{why}: the log is {path}")
 
 
-def shorten(child: Logged) -> None:
-    """Keep a log that grows for months from filling the disk: beyond `LONGEST` only its end stays, in place.
-
-    The runtime appends (O_APPEND), so it goes on at the new end. What it writes in this very moment may be lost.
-    """
-    path = child.log_path
-    try:
-        if path.stat().st_size <= LONGEST:
-            return
-        with path.open("rb+") as file:
-            file.seek(-_KEPT_END, os.SEEK_END)
-            end = file.read(_KEPT_END).partition(b"\n")[2]
-            file.truncate(0)
-        with path.open("ab") as file:
-            file.write(_SHORTENED + end)
-    except OSError:
-        return  # the next time, perhaps
-    child.log_start = 0
-
-
-class Logged(Protocol):
-    """Whose log it is; `log_start`: where its own lines begin."""
-
-    log_path: Path
-    log_start: int
-
-
 def _prune(logs: Path, kept: Sequence[str]) -> None:
     from mgpu.launch.store import launches
 
     records = [seen.record for seen in launches() if seen.record is not None]
-    in_use = {*kept, *(log for record in records for log in (record.log, record.own_log))}
+    in_use = {*kept, *(log for record in records for log in record.all_logs)}
     dated: list[tuple[float, Path]] = []
     for path in logs.glob("*.log"):
         if str(path) in in_use:
@@ -190,6 +214,17 @@ def _prune(logs: Path, kept: Sequence[str]) -> None:
             path.unlink()
         except OSError:
             continue  # not ours, or gone: the next launch tries again
+
+
+def _open(path: Path, *, writable: bool) -> FileIO:
+    """Unbuffered. Where it cannot be written any more, to be read."""
+    if writable:
+        try:
+            # O_APPEND: what the runtime writes meanwhile is not written over
+            return FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOCTTY), "r+")
+        except OSError:
+            pass
+    return FileIO(path, "r")
 
 
 def _clean(line: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from mgpu.service import Told
 from mgpu.units import gib, gib_of
 
 _WIDTH: Final = 80
+_PATIENCE_S: Final = 0.2  # for a reader that is slow
 _QUIET_S: Final = 0.3  # a load this short needs no word
 _MOST: Final = 900  # characters of a line
 
@@ -23,9 +25,18 @@ def say(stream: TextIO, text: str) -> None:
 
     Logs and services are quoted in it: nothing of theirs reaches the terminal but letters.
     """
-    with suppress(OSError, ValueError):
-        stream.write(f"{one_line(text, _MOST)}\n")
-        stream.flush()
+    if takes(stream):
+        with suppress(OSError, ValueError):
+            stream.write(f"{one_line(text, _MOST)}\n")
+            stream.flush()
+
+
+def takes(stream: TextIO) -> bool:
+    """Whether `stream` takes a line now: a full pipe, or a terminal after Ctrl-S, would hold us as long as it likes."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], _PATIENCE_S)[1])
+    except (OSError, ValueError):  # no file, or a closed one: `write` knows
+        return True
 
 
 class _Line:
@@ -48,9 +59,10 @@ class _Line:
         self._drawn = len(text)
 
     def _write(self, text: str) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
-            self._stream.flush()
+        if takes(self._stream):
+            with suppress(OSError, ValueError):
+                self._stream.write(text)
+                self._stream.flush()
 
 
 class LoadingLine(_Line):

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from mgpu.launch.identity import Identity
+from mgpu.launch.identity import Identity, Machine
 
 SCHEMA: Final = 1
 
@@ -73,18 +73,25 @@ class Undo(Struct, frozen=True, kw_only=True):
 class Record(Struct, frozen=True, kw_only=True):
     """One launch. Times are seconds since 1970, to be shown; nothing is decided by them.
 
-    `promised_host`: bytes of RAM that are planned and not taken yet. `ram_held`: what is resident of its processes, the
-    pages of the model's file among them; 0 where it was not looked at yet. `runtimes`: the processes started, a proxy
-    among them; `members`: what these have started, as last seen. `directories`: private ones, to be removed with them.
-    `leaves`: patterns of their shared memory; `after`: commands that end what they started elsewhere; `undo`: what a
-    service is asked then. `said`: the last thing that went wrong, or went well again.
+    `launcher`: the mgpu that holds its lock. `promised_host`: bytes of RAM that are planned and not taken yet.
+    `ram_held`: what is resident of its processes, the pages of the model's file among them; 0 where it was not looked
+    at yet. `runtimes`: the processes started, a proxy among them; `members`: what these have started, as last seen.
+    `directories`: private ones, to be removed with them. `leaves`: patterns of their shared memory; `after`: commands
+    that end what they started elsewhere, with these `variables`; `undo`: what a service is asked then. `said`: the last
+    thing that went wrong, or went well again. `logs`: of the runtimes and the proxy, `log` the first of them;
+    `own_log`: our own. `terminal`: it was started in one and stays there; `unit`: by a service manager. `restarts`: how
+    often it was started again.
     """
 
     schema: int = SCHEMA
     mgpu: str = ""
+    launcher: Identity | None = None
+    machine: Machine | None = None
     name: str
     state: State = "loading"
     detached: bool = False
+    terminal: bool = False
+    unit: bool = False
     model: str = ""
     path: str = ""
     runtime: str = ""
@@ -99,6 +106,7 @@ class Record(Struct, frozen=True, kw_only=True):
     endpoint: str = ""
     ports: tuple[int, ...] = ()
     log: str = ""
+    logs: tuple[str, ...] = ()
     own_log: str = ""
     started: float = 0.0
     ready: float | None = None
@@ -108,10 +116,16 @@ class Record(Struct, frozen=True, kw_only=True):
     directories: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     after: tuple[tuple[str, ...], ...] = ()
+    variables: dict[str, str] = {}
     undo: tuple[Undo, ...] = ()
     work: Work = Work()
     said: str = ""
     end: End | None = None
+
+    @property
+    def all_logs(self) -> tuple[str, ...]:
+        """Our own first. An older mgpu knows of one runtime's alone."""
+        return tuple(path for path in dict.fromkeys((self.own_log, self.log, *self.logs)) if path)
 
 
 def to_text(record: Record) -> bytes:

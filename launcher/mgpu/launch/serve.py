@@ -114,6 +114,7 @@ class _Session:
         launch, command = self.launch, self.command
         write_files(command.files)
         started = time.monotonic()
+        launch.care.starting(command)
         child = Child.of(command, launch.environ, launch.log_path)
         try:
             launch.care.started(child, command)
@@ -147,6 +148,7 @@ class _Session:
             on_ready=on_ready,
             watch=watch,
             tend=lambda: self._tend(watch),
+            loading=lambda: self.launch.care.loading([(watch, self.command)]),
         )
 
     def _use(self, watch: Watch, out: TextIO) -> None:

@@ -6,8 +6,8 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Final, Self
 
@@ -92,6 +92,24 @@ class StopSignals:
             self._first, self._first_at = signal.Signals(number), time.monotonic()
         elif time.monotonic() - self._first_at > _SAME_REQUEST_S:
             self._hurried = True
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """While nothing has been started: SIGTERM and SIGHUP raise `InterruptedLaunchError`, as Ctrl-C does by itself."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise InterruptedLaunchError(_WORDS[signal.Signals(number)])
+
+    handlers: dict[signal.Signals, _Handler] = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            handlers[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def entered(stop: StopSignals | None) -> AbstractContextManager[StopSignals]:

@@ -1,6 +1,7 @@
 """The work done so far: requests as the log tells them, and what metrics say. Pure, in constant memory; time is given.
 
 A runtime's counters are as old as the runtime: where they go back, it was started again, and they count on.
+What we asked it ourselves, to see whether it works, is no work.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from mgpu.launch.records import Work
 #: What "lately" is, in seconds, and how far apart what is remembered of it lies at least.
 WINDOW_S: Final = 60.0
 _APART_S: Final = 5.0
+
+#: How long after it was asked a token of our own shows up in a log and in counters, at the latest.
+_OWN_S: Final = 60.0
 
 _MOST_SOURCES: Final = 256
 _LEAST_S: Final = 1e-6  # less is no time to tell a speed from
@@ -43,11 +47,32 @@ class _Moment(Struct, frozen=True, kw_only=True):
     served: int
 
 
+class _Own:
+    """Requests for one token each that we made: the next few of that size are these."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._until = 0.0
+
+    def expect(self, n: int, until: float) -> None:
+        self._left = max(self._left, n)
+        self._until = until
+
+    def take(self, n: int, now: float) -> int:
+        """How many of `n` are ours."""
+        if now > self._until:
+            self._left = 0
+        ours = min(n, self._left)
+        self._left -= ours
+        return ours
+
+
 class Tally:
     """Sums over all requests, and over the last minute. `now` is any clock's seconds."""
 
     def __init__(self) -> None:
         self.is_working = False  # at the last look, or since the one before
+        self.has_gained = False  # tokens, since the one before
         self._sources: dict[str, _Source] = {}
         self._recent: deque[_Moment] = deque(maxlen=int(WINDOW_S / _APART_S) + 2)
         self._requests = 0
@@ -55,28 +80,40 @@ class Tally:
         self._served_s = 0.0
         self._counted = 0
         self._counted_s = 0.0
-        self._worked = False
+        self._worked = self._gained = False
+        self._own_served, self._own_counted = _Own(), _Own()
         self._looked_at: float | None = None
         self._place = 0
         self._now = 0.0
 
-    def add(self, served: Served, now: float) -> None:
-        """A request was answered."""
+    def expect(self, n: int, now: float, within_s: float = 0.0) -> None:
+        """We ask for a token, `n` times, and have the answers in so many seconds."""
+        for own in (self._own_served, self._own_counted):
+            own.expect(n, now + within_s + _OWN_S)
+
+    def add(self, served: Served, now: float) -> bool:
+        """A request was answered. False: it was one of our own."""
         self._pass(now)
+        if served.n_tokens <= 1 and self._own_served.take(1, now):
+            return False
         self._requests += 1
         self._served += served.n_tokens
         self._served_s += served.seconds
+        return True
 
     def see(self, stats: Stats, now: float, source: str = "") -> None:
         """A runtime's counters. `source` is its name; without, the n-th of those seen at the same instant."""
         if now != self._looked_at:
-            self._looked_at, self._place, self._worked = now, 0, False
+            self._looked_at, self._place, self._worked, self._gained = now, 0, False, False
         self._pass(now)
         name = source or f"#{self._place}"
         is_new = name not in self._sources
         known = self._source(name)
         self._place += 1
         fresh, fresh_s = _gained(stats.generated, known.generated), _gained(stats.generating_s, known.generating_s)
+        own = self._own_counted.take(int(fresh), now)
+        if own:
+            fresh, fresh_s = fresh - own, fresh_s if fresh > own else 0.0
         self._counted += int(fresh)
         self._counted_s += fresh_s
         if is_new:  # what it has counted so far is older than what is looked back at
@@ -85,7 +122,8 @@ class Tally:
         known.generating_s = known.generating_s if stats.generating_s is None else stats.generating_s
         known.running, known.waiting, known.seen_at = stats.running, stats.waiting, now
         self._worked = self._worked or bool(fresh or stats.running or stats.waiting)
-        self.is_working = self._worked
+        self._gained = self._gained or bool(fresh)
+        self.is_working, self.has_gained = self._worked, self._gained
 
     def work(self, now: float | None = None) -> Work:
         """All of it, as of `now`; by default, of the last that was told."""
@@ -116,7 +154,7 @@ class Tally:
 
     def _lately(self) -> float | None:
         """All requests together, by the clock."""
-        if not self._recent:
+        if not self._recent or not (self._requests or self._counted):
             return None
         first = self._recent[0]
         seconds = self._now - first.at

@@ -1,8 +1,8 @@
 """The launches of this user: a record and a lock for each, in the state directory.
 
 Whoever launches holds `NAME.lock` while it lives, and rewrites `NAME.json` as a whole. A launch is alive as long as its
-lock is held; everything else in these files may be old, damaged or missing, and is put right by whoever comes next
-(`mgpu.launch.heal`).
+lock is held (or, where somebody has removed the lock, as long as its launcher lives); everything else in these files
+may be old, damaged or missing, and is put right by whoever comes next (`mgpu.launch.heal`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mgpu.decide.claims import HOST, Claim
-from mgpu.launch.identity import Identity, identify, is_stopped
-from mgpu.launch.locks import Lock, held, holder, is_held, unheld
+from mgpu.errors import UsageError
+from mgpu.launch.identity import Identity, identify, is_running, is_stopped, this_machine
+from mgpu.launch.locks import Lock, held, is_held, unheld
+from mgpu.launch.locks import holder as lock_holder
 from mgpu.launch.places import state_dir, state_dirs
 from mgpu.launch.records import MOST_BYTES, SETTLED, Record, from_text, to_text
 
@@ -36,10 +39,11 @@ _PLANNING_S: Final = 30.0  # a runtime that lists its devices may wake a driver 
 _PORTS: Final = "ports"  # the lock of whoever is choosing some
 _PORTS_S: Final = 5.0
 _MOST_NAMES: Final = 1000
+_MOMENT_S: Final = 0.1
 
 
 class Seen(Struct, frozen=True, kw_only=True):
-    """A launch as it was found. `record` None: damaged. `holder`: who launched it, as far as the lock's file says."""
+    """A launch as it was found. `record` None: damaged. `holder`: who launched it, as far as is known."""
 
     name: str
     alive: bool
@@ -68,17 +72,33 @@ class Entry:
         self.close()
 
     def change(self, **changes: object) -> None:
-        """Change the record, here and on disk."""
+        """Change the record, here and on disk; called now and then even if nothing has changed."""
         changed = replace(self.record, **changes)
-        if changed != self.record:
+        if changed != self.record or (self._lock is not None and not self._lock.is_in_place):
             self.record = changed
             self.write()
+        elif self._lock is not None:
+            self._lock.touch()
 
     def write(self) -> None:
         """Readers see the record as it was or as it is, never half of it."""
         if self._lock is None:
             return
+        if not self._lock.is_in_place:
+            self._take_again(self._lock)
         self.flaw = _write(self._folder, self.record)
+
+    def _take_again(self, lost: Lock) -> None:
+        """Somebody has removed our lock, and may have our name by now: then we have another."""
+        with suppress(OSError):  # the record's own flaw will say it
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = Lock.try_take(lost.path)
+            if lock is None:
+                name, lock = _free_name(self._folder, self.record.name)
+                self.record = replace(self.record, name=name)
+            lost.release()
+            _sign(lock)
+            self._lock = lock
 
     def close(self, *, keep: bool = False) -> None:
         """The launch is over; `keep`: its record tells how it ended."""
@@ -119,16 +139,26 @@ def choosing_ports() -> AbstractContextManager[bool]:
     return held(_folder() / _PORTS, wait_s=_PORTS_S)
 
 
-def enter(record: Record) -> Entry:
-    """Enter a launch under its name, or the next one like it that is free. Never raises. Call it while `planning`."""
+def enter(record: Record, *, exact: bool = False) -> Entry:
+    """Enter a launch under its name, or the next one like it that is free. Call it while `planning`.
+
+    `exact`: raises `UsageError` where it would have another name.
+    """
     folder = state_dir() / _FOLDER
+    record = replace(record, launcher=identify(os.getpid()), machine=this_machine())
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         name, lock = _free_name(folder, record.name)
     except OSError as error:
         return Entry(record, None, folder, f"cannot keep the launch in {folder}: {error.strerror}")
-    me = identify(os.getpid())
-    lock.write("" if me is None else f"{me.pid} {me.start}\n")
+    if exact and name != record.name:
+        with suppress(OSError):
+            lock.path.unlink()
+        lock.release()
+        raise UsageError(
+            f"there is a launch called {record.name}", hint=f"choose another --name, or `mgpu stop {record.name}` first"
+        )
+    _sign(lock)
     return Entry(replace(record, name=name), lock, folder)
 
 
@@ -142,28 +172,45 @@ def launches() -> tuple[Seen, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def forget(seen: Seen) -> None:
-    """Remove what a launch that is over has left here."""
-    lock = _lock_path(seen.folder, seen.name)
-    with unheld(lock) as ours:
-        for path in (_record_path(seen.folder, seen.name), lock) if ours else ():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+class Over(Struct, frozen=True, kw_only=True):
+    """A launch that is over, in the hands of whoever clears it away. `record`: as it is now; None: damaged, or gone."""
+
+    record: Record | None
+    path: Path
+
+    def rewrite(self, record: Record) -> None:
+        """Put down how it ended."""
+        _write(self.path.parent, record)
+
+    def forget(self) -> None:
+        """Remove what is left of it here."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
-def rewrite(seen: Seen, record: Record) -> None:
-    """Put down how a launch ended that could not do so itself."""
+@contextmanager
+def taken_over(seen: Seen) -> Iterator[Over | None]:
+    """A launch that is over: nobody else clears it away meanwhile, and nobody takes its name.
+
+    None where it lives after all, or somebody else has it in hand.
+    """
     lock = _lock_path(seen.folder, seen.name)
     with unheld(lock) as ours:
-        if ours:
-            _write(seen.folder, record)
+        record = _read(seen.folder, seen.name)
+        if not ours:
+            yield None
+            return
+        try:
+            lives = record is not None and _launcher_lives(record)
+            yield None if lives else Over(record=record, path=_record_path(seen.folder, seen.name))
+        finally:
             with suppress(OSError):
                 lock.unlink(missing_ok=True)
 
 
 def is_alive(seen: Seen) -> bool:
     """Whether it still is."""
-    return is_held(_lock_path(seen.folder, seen.name))
+    return _see(seen.folder, seen.name).alive
 
 
 def claims(others: Sequence[Seen] | None = None) -> tuple[Claim, ...]:
@@ -174,7 +221,12 @@ def claims(others: Sequence[Seen] | None = None) -> tuple[Claim, ...]:
 def taken_ports(*, but: str = "") -> dict[int, str]:
     """Ports of launches that live, and whose: all but those of this name. Also ones that are not bound yet."""
     alive = (seen.record for seen in launches() if seen.alive and seen.record is not None and seen.name != but)
-    return {port: record.name for record in alive for port in record.ports}
+    return {port: record.name for record in alive if is_local(record) for port in record.ports}
+
+
+def is_local(record: Record) -> bool:
+    """Whether it runs on this machine, as far as is known: a home directory may be shared."""
+    return record.machine is None or record.machine.is_here
 
 
 def name_for(model: str) -> str:
@@ -200,9 +252,20 @@ def _stuck(said: bytes) -> str:
     return f"{waited} (pid {pid}{stopped})"
 
 
+def _sign(lock: Lock) -> None:
+    """Who holds it, for those who find the record damaged."""
+    me = identify(os.getpid())
+    lock.write("" if me is None else f"{me.pid} {me.start}\n")
+
+
+def _launcher_lives(record: Record) -> bool:
+    """Whether the mgpu that launched it lives, whatever has become of its lock."""
+    return record.end is None and record.launcher is not None and is_running(record.launcher)
+
+
 def _claims(seen: Seen) -> Iterator[Claim]:
     record = seen.record
-    if not seen.alive or record is None or record.state in SETTLED:
+    if not seen.alive or record is None or record.state in SETTLED or not is_local(record):
         return
     why = f"promised to {record.name}, which is loading"
     for card in record.cards:
@@ -216,10 +279,18 @@ def _free_name(folder: Path, wanted: str) -> tuple[str, Lock]:
     """The first name like `wanted` that no launch has, and its lock. Raises OSError."""
     for name in _names(wanted):
         if _is_ended(folder, name) or not _record_path(folder, name).exists():
-            lock = Lock.try_take(_lock_path(folder, name))
+            lock = _take_soon(_lock_path(folder, name))
             if lock is not None:
                 return name, lock
     raise FileExistsError(errno.EEXIST, f"there are {_MOST_NAMES} launches of {wanted}")
+
+
+def _take_soon(path: Path) -> Lock | None:
+    """Somebody who only looks whether it is held has it for a moment, too."""
+    deadline = time.monotonic() + _MOMENT_S
+    while (lock := Lock.try_take(path)) is None and time.monotonic() < deadline:
+        time.sleep(_MOMENT_S / 10)
+    return lock
 
 
 def _names(name: str) -> Iterator[str]:
@@ -245,8 +316,10 @@ def _entries(folder: Path) -> set[str]:
 
 
 def _see(folder: Path, name: str) -> Seen:
-    alive = is_held(_lock_path(folder, name))
-    return Seen(name=name, alive=alive, record=_read(folder, name), holder=_holder(folder, name), folder=folder)
+    record = _read(folder, name)
+    alive = is_held(_lock_path(folder, name)) or (record is not None and _launcher_lives(record))
+    holder = _holder(folder, name) or (record.launcher if record is not None else None)
+    return Seen(name=name, alive=alive, record=record, holder=holder, folder=folder)
 
 
 def _read(folder: Path, name: str) -> Record | None:
@@ -258,7 +331,7 @@ def _holder(folder: Path, name: str) -> Identity | None:
     pid, _, start = _text(_lock_path(folder, name)).decode("ascii", "replace").strip().partition(" ")
     if re.fullmatch(r"[0-9]{1,9}", pid):
         return Identity(pid=int(pid), start=start)
-    told = holder(_lock_path(folder, name))  # a full disk: the lock is there, and nothing in it
+    told = lock_holder(_lock_path(folder, name))  # a full disk: the lock is there, and nothing in it
     return None if told is None else identify(told)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -49,10 +49,10 @@ def launch_copies(  # noqa: PLR0913 - all by keyword, from the one run that has 
     """
     first = copies[0].launched
     model, request = first.model, first.request
-    places = [_log(model.name, copy.name) for copy in copies]
-    proxy_log = _log(model.name, "proxy" if proxy is None else proxy.name)
+    *places, proxy_log = _logs(model.name, (*(copy.name for copy in copies), "proxy" if proxy is None else proxy.name))
     for note in dict.fromkeys(place.note for place in (*places, proxy_log) if place.note):
         say(sys.stderr, f"  note: {note}")
+    keeper.logged(*(str(place.path) for place in (*places, proxy_log)))
 
     def settle(ready: FleetReady) -> None:
         pids = [member.pid for member in ready.members]
@@ -112,5 +112,8 @@ def _placement(copies: Sequence[Copy], ready: FleetReady) -> Iterator[str]:
         yield from placement_lines(copy.launched, member)
 
 
-def _log(model_name: str, own: str) -> LogPlace:
-    return new_log(f"{model_name[:_NAME]}-{own}")
+def _logs(model_name: str, owns: Iterable[str]) -> list[LogPlace]:
+    places: list[LogPlace] = []
+    for own in owns:  # of many, the last must not clear the first away
+        places.append(new_log(f"{model_name[:_NAME]}-{own}", kept=[str(place.path) for place in places]))
+    return places

@@ -8,14 +8,15 @@ from typing import Final, Protocol, Self
 
 from mgpu.adapter import Buffer, Cause, Left, LogFact, Served, Stage
 from mgpu.errors import OutOfMemoryError, RuntimeFailedError
-from mgpu.launch.logs import LogTail, last_lines
+from mgpu.launch.logs import LogTail
 from mgpu.launch.process import Child, describe_exit
 
 _LAST_LINES: Final = 8
 _FATAL_S: Final = 60.0  # from a complaint to the death that it explains
 _LESS_RAM: Final = "keep less on the CPU (a smaller --ctx or quantisation), end other programs, or add RAM or swap"
-_MOST_SERVED: Final = 4096
+_MOST_SERVED: Final = 1 << 15
 _MOST_BUFFERS: Final = 4096
+_MOST_OF_A_LOOK: Final = 16 << 20  # bytes of a log; what is read later is only later
 
 
 class LogReader(Protocol):
@@ -40,7 +41,7 @@ class Watch:
         self.lost_port = False  # it said that another program has it
         self._cause: Cause | None = None
         self._cause_at = 0.0
-        self._tail = LogTail(child.log_path, start=child.log_start)
+        self._tail = LogTail(child.log_path, start=child.log_start, writable=True)
 
     def __enter__(self) -> Self:
         return self
@@ -54,8 +55,16 @@ class Watch:
         return self._tail.size
 
     def update(self) -> None:
-        """Take in what the log has gained."""
-        self._take_in(self._tail.read())
+        """Take in what the log has gained, as far as one look goes; and keep it from growing for ever."""
+        left = _MOST_OF_A_LOOK
+        while left > 0:
+            behind = self._tail.behind
+            self._take_in(self._tail.read())
+            left -= max(behind - self._tail.behind, 1)
+            if self._tail.behind <= 0:
+                break
+        if self._tail.shorten():
+            self.child.log_start = 0
 
     def finish(self) -> None:
         """Take in the rest of the log: all that a runtime said before it ended, or before it was ready."""
@@ -75,7 +84,7 @@ class Watch:
             message, hint = f"{name} {what}", f"the whole log: {log}"
         else:
             message, hint = f"{name} {what}: {self._cause.text}", self._cause.hint
-        lines = last_lines(log, _LAST_LINES, start=self.child.log_start)
+        lines = self._last_lines()
         if self._cause is not None and self._cause.out_of_memory:
             return OutOfMemoryError(
                 message,
@@ -95,10 +104,14 @@ class Watch:
             return OutOfMemoryError(
                 f"{self.name} was killed by the kernel {when}: out of RAM",
                 hint=_LESS_RAM,
-                log_tail=last_lines(self.child.log_path, _LAST_LINES, start=self.child.log_start),
+                log_tail=self._last_lines(),
                 devices=("CPU",),
             )
         return self.failure(f"{'ended' if code is None else describe_exit(code)} {when}")
+
+    def _last_lines(self) -> tuple[str, ...]:
+        """Of the log that it has, whatever lies at its path by now."""
+        return self._tail.last_lines(_LAST_LINES, start=self.child.log_start)
 
     def _take_in(self, lines: list[str]) -> None:
         for line in lines:

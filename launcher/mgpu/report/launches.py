@@ -63,6 +63,10 @@ class Launch(Protocol):
     @property
     def detached(self) -> bool: ...
     @property
+    def terminal(self) -> bool: ...
+    @property
+    def unit(self) -> bool: ...
+    @property
     def model(self) -> str: ...
     @property
     def runtime(self) -> str: ...
@@ -116,7 +120,8 @@ def launches_screen(
 
 
 def _row(name: str, launch: Launch, now: float) -> tuple[RenderableType, ...]:
-    state = launch.state if launch.detached else f"{launch.state}\nin a terminal"
+    how = "as a unit" if launch.unit else "in a terminal" if launch.terminal and not launch.detached else ""
+    state = f"{launch.state}\n{how}".rstrip()
     where = " + ".join(f"{card.gpu} ({short_name(card.name)})" for card in launch.cards)
     cpu = "" if launch.end is not None else "CPU"
     return (
@@ -131,13 +136,18 @@ def _row(name: str, launch: Launch, now: float) -> tuple[RenderableType, ...]:
 
 
 def _memory(launch: Launch) -> Iterator[str]:
-    """Held and planned, a line for each card; RAM where there is no card."""
+    """Held and planned, a line for each card; RAM where there is no card.
+
+    Of RAM no part: what is resident has libraries and all pages of the file in it, also those that were only copied.
+    """
     rows = [
         (card.reported, card.reported_planned) if card.held is None and card.reported else (card.held, card.planned)
         for card in launch.cards
     ]
     if not rows and launch.ram_planned:
-        rows = [(launch.ram_held or None, launch.ram_planned)]
+        if launch.ram_held:
+            yield f"{gib(launch.ram_held)} resident"
+        yield f"{gib(launch.ram_planned)} planned"
     for held, planned in rows:
         yield f"- of {gib(planned)}" if held is None else gib_of(held, planned)
 
@@ -163,6 +173,8 @@ def _notes(name: str, launch: Launch) -> list[Text]:
         if launch.end.report:
             notes.append(Text(f"    report: {launch.end.report}"))
         notes.append(Text(f"    `mgpu logs {name}` shows its last lines, `mgpu stop {name}` clears it away"))
+    elif launch.state == "waiting":
+        notes.append(Text(f"{name}: waits to be started again; last: {launch.said}", style="yellow"))
     elif launch.restarts:
         times = "once" if launch.restarts == 1 else f"{launch.restarts} times"
         notes.append(Text(f"{name}: started again {times}; last: {launch.said}", style="yellow"))

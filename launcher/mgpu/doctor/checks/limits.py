@@ -111,4 +111,22 @@ def shared_memory(facts: Facts) -> Iterator[Finding]:
     )
 
 
-CHECKS: Final = (locked_memory, open_files, core_dumps, address_space, shared_memory)
+def logout(facts: Facts) -> Iterator[Finding]:
+    """What was left running with `--detach` is meant to outlive the session."""
+    kills = facts.host.kills_at_logout
+    if kills is None:
+        return
+    if not kills:
+        yield ok("limits", "logout", "what is left running outlives a logout")
+        return
+    yield Finding(
+        severity="note",
+        area="limits",
+        id="logout",
+        text="systemd-logind ends this user's processes at logout: launches left by --detach, too",
+        fix="mgpu run … --unit and loginctl enable-linger; or KillUserProcesses=no in /etc/systemd/logind.conf",
+        source="logind.conf(5), KillUserProcesses=",
+    )
+
+
+CHECKS: Final = (locked_memory, open_files, core_dumps, address_space, shared_memory, logout)

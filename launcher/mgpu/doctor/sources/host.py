@@ -11,6 +11,7 @@ from typing import Final
 from mgpu.detect.host import read_host, read_memory
 from mgpu.detect.sysfs import list_names, read_number, read_text
 from mgpu.doctor.facts import HostFacts, Limits
+from mgpu.doctor.sources.logind import kills_at_logout
 from mgpu.units import KIB
 
 _MEMINFO: Final = 1 << 14
@@ -45,6 +46,7 @@ def look_at_host(environ: Mapping[str, str], root: Path) -> HostFacts:
         governor_driver=next(filter(None, (read_text(cpu / "cpufreq/scaling_driver") for cpu in cpus)), ""),
         numa_nodes=sum(1 for name in list_names(root / "sys/devices/system/node") if _NODE.fullmatch(name)) or 1,
         numa_balancing=read_number(sysctl / "kernel/numa_balancing"),
+        kills_at_logout=kills_at_logout(root),
     )
 
 
