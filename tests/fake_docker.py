@@ -47,6 +47,7 @@ def run(words: list[str], daemon: Path) -> int:
     name = options[options.index("--name") + 1]
     command = [sys.executable, str(_HERE / "fake_vllm.py"), *inside, "--host", address, "--port", port]
     shim = [sys.executable, __file__, "shim", str(daemon), name, *command]
+    (daemon / f"{name}.status").unlink(missing_ok=True)  # of the last container with this name
     subprocess.run(["setsid", "--fork", *shim], env=env, check=True)  # no descendant of ours: the daemon's
     return attend(daemon, name)
 

@@ -359,24 +359,16 @@ def test_ctrl_c_ends_the_following_and_nothing_else(house: House) -> None:
     assert house.launch()["alive"]
 
 
-def test_a_name_in_use_gets_a_number(house: House) -> None:
-    """One that nobody has chosen."""
-    house.detach()
-    second = house.detach()
-    assert {launch["name"] for launch in house.launches()} == {NAME, f"{NAME}-2"}
-    assert f"`mgpu stop {NAME}-2` stops it" in second.stderr
-    assert house.call("stop", NAME, f"{NAME}-2").returncode == 0
-    house.assert_clean()
-
-
-def test_a_chosen_name_in_use_is_refused(house: House) -> None:
+def test_a_name_in_use_is_refused_where_it_was_given_and_numbered_where_not(house: House) -> None:
     longest = "n" * 64
     house.detach("--name", longest)
-    done = house.call("run", house.model, "--detach", "--name", longest)
-    assert done.returncode == 2
-    assert f"mgpu: there is a launch called {longest}\n" in done.stderr
-    assert house.launch()["alive"]
-    assert house.call("stop").returncode == 0
+    refused = house.call("run", house.model, "--detach", "--name", longest)
+    assert refused.returncode == 2
+    assert f"mgpu: there is a launch called {longest}\n" in refused.stderr
+    house.detach()
+    assert f"`mgpu stop {NAME}-2` stops it" in house.detach().stderr
+    assert [launch["name"] for launch in house.launches()] == [longest, NAME, f"{NAME}-2"]
+    assert house.call("stop", "--all").returncode == 0
     house.assert_clean()
 
 

@@ -36,6 +36,7 @@ from mgpu.launch.health import (
     look,
 )
 from mgpu.launch.keeper import Keeper, Kept, planned_cards
+from mgpu.launch.lookout import Lookout
 from mgpu.launch.process import Child
 from mgpu.launch.records import Card, Record, Work
 from mgpu.launch.signals import StopSignals
@@ -84,7 +85,7 @@ class _House:
 
     def ready(self, health: Looker = _well, cards: CardLooker = _cards_well) -> Keeper:
         keeper = self.keeper(health, cards)
-        keeper.started(self.child, self.command)
+        keeper.started(self.child)
         keeper.ready("http://127.0.0.1:1/v1", str(self.child.log_path))
         return keeper
 
@@ -186,6 +187,41 @@ class TestADriverThatHangs:
         assert driver.n_begun == 1
 
 
+def test_a_lookout_never_takes_two_looks_at_a_time() -> None:
+    let_go = threading.Event()
+    begun: list[int] = []
+
+    def hang(number: int) -> Iterator[int]:
+        begun.append(number)
+        let_go.wait(60)
+        yield number
+
+    lookout = Lookout[int]("it")
+    lookout.begin(hang(1), 0.0)
+    lookout.begin(hang(2), 100.0)
+    assert lookout.take() is None
+    let_go.set()
+    lookout.join(5)
+    assert (lookout.take(), begun) == (1, [1])
+
+
+def test_a_look_that_takes_longer_than_a_beat_is_judged(house: _House) -> None:
+    """Eight replicas that are silent, 10 s each: the next look begins as soon as this one has ended."""
+
+    def silent(_: Looking) -> Iterator[Look]:
+        yield Look(silent={"sleep": "no answer within 10 s"})
+
+    def go_on(keeper: Keeper) -> None:
+        for _ in range(8):
+            house.now += 2 * BEAT_S
+            house.tend(keeper)
+            keeper._health.join(5)
+
+    keeper = house.ready(silent)
+    with pytest.raises(RuntimeFailedError, match=r"not well for 1\d\d s"):
+        go_on(keeper)
+
+
 def test_a_health_look_that_hangs_is_said_once_and_not_begun_again(house: _House) -> None:
     begun: list[int] = []
     let_go = threading.Event()
@@ -229,7 +265,7 @@ def test_without_a_thread_to_be_had_nothing_ends(house: _House, monkeypatch: pyt
     keeper = house.keeper()
     monkeypatch.setattr("mgpu.launch.lookout.Background", none)
     keeper.port("127.0.0.1", None)
-    keeper.started(house.child, house.command)
+    keeper.started(house.child)
     house.load(keeper)
     keeper.ready("http://127.0.0.1:1/v1", "", (house.child.pid,))
     for _ in range(20):

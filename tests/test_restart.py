@@ -140,7 +140,7 @@ def test_mgpu_stop_ends_a_pause(house: CudaHouse) -> None:
     house.detach(*AGAIN, "--name", "chat")
     house.kill_runtime()
     wait_for(lambda: house.launch()["state"] == "waiting", house.launch)
-    assert "chat: started again once; last: llama-server was killed by SIGKILL" in " ".join(
+    assert "chat: waits to be started again; last: llama-server was killed by SIGKILL" in " ".join(
         house.call("ps").stdout.split()
     )
     asked = time.monotonic()

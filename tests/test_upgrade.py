@@ -154,8 +154,8 @@ def test_records_of_other_versions_are_shown_and_cleared_away(house: House, told
     lock.write(f"{os.getpid()} nobody\n")
     assert [(one["name"], one["alive"]) for one in house.launches()] == [("chat", True)]
     assert house.call("ps").stdout.splitlines()[2].startswith("chat ")
-    house.detach("--name", "chat")  # the name is in use
-    assert house.call("stop", "chat-2").returncode == 0
+    refused = house.call("run", house.model, "--detach", "--name", "chat")
+    assert (refused.returncode, "there is a launch called chat" in refused.stderr) == (2, True)
     lock.release()
     assert house.launches() == []
     house.assert_clean()

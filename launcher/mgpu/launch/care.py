@@ -28,7 +28,7 @@ class Care:
     def starting(self, command: Command) -> None:
         """A process is about to be started by it."""
 
-    def started(self, child: Child, command: Command) -> None:
+    def started(self, child: Child) -> None:
         """A process runs."""
 
     def directory(self, path: str) -> None:

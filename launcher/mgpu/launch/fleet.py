@@ -150,7 +150,7 @@ class _Session:
         write_files(command.files)
         self.fleet.care.starting(command)
         child = Child.of(command, self.fleet.environ, log_path)
-        self.fleet.care.started(child, command)
+        self.fleet.care.started(child)
         return child
 
     def _load(self, *, may_move: bool) -> tuple[bool, ...]:

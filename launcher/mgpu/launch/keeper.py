@@ -46,6 +46,8 @@ _STUCK_S: Final = 120.0  # a look that takes longer is worth a word; unwell for 
 _DRIVER_S: Final = 10.0  # a driver that takes longer is not waited for
 _NO_ANSWER: Final = "the driver does not answer"
 _LOADING_S: Final = 3.0  # between two looks at what a loading runtime has taken of its cards by now
+#: Where Docker is, for whoever ends a container after us.
+_ELSEWHERE: Final = ("DOCKER_HOST", "DOCKER_CONTEXT", "XDG_RUNTIME_DIR")
 _NOTHING: Final[Mapping[int, Reported]] = {}
 #: In a record, before a try: the ones before it have ended, and left nothing.
 _NOTHING_STARTED: Final[Mapping[str, tuple[()]]] = {
@@ -141,14 +143,20 @@ class Keeper(Care):
         if record.restarts and record.ports and record.ports[0] != port:
             self._say((f"port {record.ports[0]} has been taken by another program: it is at {port} from now on",))
 
-    def started(self, child: Child, command: Command) -> None:
+    def starting(self, command: Command) -> None:
+        record = self.entry.record
+        self.entry.change(
+            leaves=tuple(dict.fromkeys((*record.leaves, *command.leaves))),
+            after=(*record.after, command.after) if command.after else record.after,
+            variables={name: os.environ[name] for name in _ELSEWHERE if name in os.environ} if command.after else {},
+        )
+
+    def started(self, child: Child) -> None:
         record, identity = self.entry.record, identify(child.pid)
         own = child.scratch.directory
         self.entry.change(
             runtimes=record.runtimes if identity is None else (*record.runtimes, identity),
             directories=record.directories if own is None else (*record.directories, own),
-            leaves=tuple(dict.fromkeys((*record.leaves, *command.leaves))),
-            after=(*record.after, command.after) if command.after else record.after,
         )
         self.logged(str(child.log_path))
 
@@ -188,7 +196,7 @@ class Keeper(Care):
         if seen is not None:
             self._own = held_by(seen, pids_of(started))
         if self._kept.gpus and not self.cards.due_in(now, _LOADING_S):
-            self._say(self.cards.begin(self._lookers.cards(self._kept.gpus), now))
+            self.cards.begin(self._lookers.cards(self._kept.gpus), now)
 
     def _cards_now(self) -> tuple[CardNow, ...]:
         """The cards as they are, or nothing: a driver that hangs must not keep us from hearing a signal."""
@@ -199,7 +207,7 @@ class Keeper(Care):
                 lookout.join(_DRIVER_S)
             lookout.take()  # of another moment
             if not lookout.is_out:
-                self._say(lookout.begin(self._lookers.cards(self._kept.gpus), self._clock()))
+                lookout.begin(self._lookers.cards(self._kept.gpus), self._clock())
                 lookout.join(_DRIVER_S)
             seen.append(lookout.take() or ())
             self._say(lookout.late(self._clock(), _DRIVER_S / 2, _NO_ANSWER))
@@ -256,7 +264,7 @@ class Keeper(Care):
         self._guarded(lambda: self._look_at_health(started, stop, now), self._health)
         if self._kept.gpus:
             self._guarded(lambda: self._look_at_cards(started, stop, now), self.cards)
-        self._judge()
+        self._judge(now)
         now = self._clock()
         lookouts = (self._health, self.cards) if self._kept.gpus else (self._health,)
         return min(lookout.due_in(now, BEAT_S) for lookout in lookouts)
@@ -267,11 +275,11 @@ class Keeper(Care):
             self._take(seen, started, now)
             self._say(self._health.well())
         self._say(self._health.late(now, _STUCK_S + TOKEN_S, "looking takes too long"))
-        if not self._health.is_out and not self._health.due_in(now, BEAT_S):
-            self._say(self._health.begin(self._lookers.health(self._looking(started, now)), now, stop.wake))
+        if not self._health.due_in(now, BEAT_S):
+            self._health.begin(self._lookers.health(self._looking(started, now)), now, stop.wake)
 
     def _looking(self, started: Sequence[Started], now: float) -> Looking:
-        idle = bool(started) and now - max(self._worked_at, self._asked_at) >= IDLE_S
+        idle = now - max(self._worked_at, self._asked_at) >= IDLE_S
         wants_token = idle or self._vitals.is_waiting or self._vitals.unwell_since is not None
         if wants_token:
             self._asked_at = now
@@ -311,15 +319,16 @@ class Keeper(Care):
             self._hold(held_by(seen, pids_of(started)))
             self._say(self.cards.well())
         self._say(self.cards.late(now, _STUCK_S, _NO_ANSWER))
-        if not self.cards.is_out and not self.cards.due_in(now, BEAT_S):
-            self._say(self.cards.begin(self._lookers.cards(self._kept.gpus), now, stop.wake))
+        if not self.cards.due_in(now, BEAT_S):
+            self.cards.begin(self._lookers.cards(self._kept.gpus), now, stop.wake)
 
-    def _judge(self) -> None:
+    def _judge(self, now: float) -> None:
         lost = self._vitals.lost
         if lost is not None:
             raise RuntimeFailedError(lost.text, hint=lost.hint)
-        now, since = self._clock(), self._vitals.unwell_since
-        if self._health.is_out and not self._health.is_overdue(now, _STUCK_S + TOKEN_S):
+        since = self._vitals.unwell_since
+        fresh = self._taken_at == now  # the next look may have begun already, where each takes longer than a beat
+        if self._health.is_out and not fresh and not self._health.is_overdue(now, _STUCK_S + TOKEN_S):
             return  # it may just be found well again
         if self._kept.ends_unwell and since is not None and now - since > _STUCK_S:
             raise RuntimeFailedError(f"not well for {now - since:.0f} s: {self._vitals.why}")

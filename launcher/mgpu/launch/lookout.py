@@ -43,16 +43,11 @@ class Lookout(Generic[T]):
         if self._look is None:
             self._begun_at = now
 
-    def begin(self, look: Iterator[T], now: float, wake: Callable[[], None] = lambda: None) -> tuple[str, ...]:
-        """Begin one, if none is under way; `wake` is called at its end."""
-        if self._look is not None:
-            return ()
-        self._begun_at = now
-        try:
+    def begin(self, look: Iterator[T], now: float, wake: Callable[[], None] = lambda: None) -> None:
+        """Begin one, if none is under way; `wake` is called at its end. Raises RuntimeError: no thread is to be had."""
+        if self._look is None:
+            self._begun_at = now
             self._look = Background(look, wake)
-        except Exception as error:  # noqa: BLE001 - a look must not end what it looks at; no thread is to be had
-            return self.fail(error)
-        return ()
 
     def join(self, seconds: float) -> None:
         """Wait for the one that is under way, so long at most."""

@@ -117,7 +117,7 @@ class _Session:
         launch.care.starting(command)
         child = Child.of(command, launch.environ, launch.log_path)
         try:
-            launch.care.started(child, command)
+            launch.care.started(child)
             with Watch(child, launch.adapter) as watch:
                 proven = self._load(watch, may_move=may_move)
 
