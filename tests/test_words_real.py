@@ -40,9 +40,7 @@ def _failing(server: str, model: Path, *args: str, limit: int | None = None) -> 
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     argv = [server, "-m", str(model), "--fit", "off", "-np", "1", "-lv", "4", "--port", str(_port()), *args]
-    done = subprocess.run(
-        argv, preexec_fn=restrict, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(argv, preexec_fn=restrict, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     return (done.stdout + done.stderr).splitlines()
 

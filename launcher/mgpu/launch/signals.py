@@ -57,7 +57,7 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers.clear()
-        signal.set_wakeup_fd(self._wakeup_fd)
+        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
         self._inbox.close()
         self._outbox.close()
 
