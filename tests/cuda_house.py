@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from fake_build import build_program
+from fake_build import CUDA, build_program
 from fakenvml.machine import Machine, rtx_3090
 from launching import FAST, TUNED, House, wait_for
 
@@ -40,7 +40,7 @@ class CudaHouse(House):
         self.cards = folder / "cards"
         for name in ("held", "hidden", "extra", "gates"):
             (self.cards / name).mkdir(parents=True)
-        self.server(build_program(_STARTED.format(server=_SERVER, folder=str(self.cards))))
+        self.lists(CUDA)
         self.env["FAKE_NVML_HELD"] = str(self.cards / "held")
         self.first_port = 20_000 + zlib.crc32(str(folder).encode()) % 30_000
         self.env |= self.tuned({})
@@ -54,6 +54,10 @@ class CudaHouse(House):
     def has(self, *gib: float) -> None:
         """From now on the machine has cards of these sizes."""
         self.machine(Machine(*(card(number, size) for number, size in enumerate(gib))))
+
+    def lists(self, devices: str) -> None:
+        """From now on llama-server lists these devices."""
+        self.server(build_program(_STARTED.format(server=_SERVER, folder=str(self.cards)), devices=devices))
 
     def behaves(self, arguments: str) -> None:
         """More arguments for servers started from now on, as tests/fake_llama_server.py knows them."""

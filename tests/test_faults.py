@@ -693,12 +693,15 @@ def test_the_real_one_stopped_and_continued(real: House) -> None:
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
+_FILES = ("faults", "detached", "watching", "out_of_memory", "two_at_once", "restart", "early_and_mute")
+
+
 def test_every_fault_has_its_row() -> None:
     """And every row its test."""
     root = Path(__file__).parents[1]
     document = (root / "docs" / "faults.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", document))
-    files = [root / "tests" / name for name in ("test_faults.py", "test_detached.py", "test_watching.py")]
+    files = [root / "tests" / f"test_{name}.py" for name in _FILES]
     there = {
         file.name: set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)) for file in files
     }

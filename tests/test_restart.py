@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuda_house import CudaHouse, after, card, uuid_of
+from fake_build import CUDA
 from fakenvml.machine import Machine
 from launching import FAST, Started, ask, wait_for
 from mgpu.decide.restarts import LONG_S, MOST, PAUSES_S, Restarts
@@ -175,6 +176,22 @@ def test_on_what_is_left_when_a_card_has_gone(house: CudaHouse) -> None:
     _ready(running, 2)
     assert [start["uuids"] for start in house.starts()] == [[uuid_of(0)], [uuid_of(1)]]
     assert "  planned anew: on another card, which is GPU 0 now\n" in running.said
+    assert running.end(signal.SIGTERM) == 130
+    house.assert_clean()
+
+
+def test_what_ran_on_cards_is_not_quietly_started_on_the_cpu(house: CudaHouse) -> None:
+    """A driver that is upgraded comes back; a launch that went to the CPU meanwhile would stay there."""
+    running = house.run(*AGAIN)
+    _ready(running, 1)
+    house.machine(Machine())
+    house.lists("")
+    house.kill_runtime()
+    running.until("the CPU alone would be many times slower")
+    house.has(24, 24)
+    house.lists(CUDA)
+    _ready(running, 2)
+    assert [start["uuids"] for start in house.starts()] == [[uuid_of(0)], [uuid_of(0)]]
     assert running.end(signal.SIGTERM) == 130
     house.assert_clean()
 
