@@ -13,12 +13,13 @@ from typing import Any, Final
 import click
 import msgspec
 
-from mgpu.errors import InterruptedLaunchError, RuntimeFailedError, UsageError
+from mgpu.errors import RuntimeFailedError, UsageError
 from mgpu.launch.follow import Following
 from mgpu.launch.heal import heal
 from mgpu.launch.identity import send
 from mgpu.launch.records import Record
 from mgpu.launch.redact import redact
+from mgpu.launch.signals import raising
 from mgpu.launch.store import Seen, is_alive, is_local, launches, taken_over
 
 #: A runtime has 5 s after SIGTERM, then is killed; a proxy and replicas are ended at once.
@@ -109,7 +110,7 @@ def _echo(line: str) -> None:
 def _follow(one: Seen, following: Following) -> None:
     """Until it ends, or Ctrl-C: which is no failure here. A new try has a new log."""
     looked_at = time.monotonic()
-    try:
+    with raising():
         while True:
             alive = is_alive(one)  # asked before reading: what it says last is not missed
             if not alive or time.monotonic() - looked_at >= _LOOK_S:
@@ -122,8 +123,6 @@ def _follow(one: Seen, following: Following) -> None:
             if not alive:
                 return
             time.sleep(_FOLLOW_S)
-    except KeyboardInterrupt:
-        raise InterruptedLaunchError("interrupted") from None
 
 
 def _record_now(one: Seen) -> Record | None:

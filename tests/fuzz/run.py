@@ -5,6 +5,7 @@ An input is known by its number: whatever kills a child, the parent makes the sa
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -150,6 +151,7 @@ def _child(
 ) -> None:
     """Never returns."""
     at, writer, folder = tools
+    faulthandler.disable()  # how it died is told to whoever has forked it
     os.environ["MGPU_FUZZ_SCRATCH"] = folder
     os.chdir(folder)
     kinds: Counter[str] = Counter()

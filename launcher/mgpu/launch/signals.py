@@ -96,14 +96,14 @@ class StopSignals:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """While nothing has been started: SIGTERM and SIGHUP raise `InterruptedLaunchError`, as Ctrl-C does by itself."""
+    """While nothing has been started that must be ended: the same signals raise `InterruptedLaunchError`."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise InterruptedLaunchError(_WORDS[signal.Signals(number)])
 
     handlers: dict[signal.Signals, _Handler] = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    for number in _WORDS:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             handlers[number] = signal.signal(number, end)
     try:
         yield
