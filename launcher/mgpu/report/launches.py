@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mgpu.errors import one_line
 from mgpu.rig import short_name
 from mgpu.units import gib, gib_of
 
@@ -95,6 +96,7 @@ class Launch(Protocol):
 
 
 _FIGURES = {"tok/s", "users", "since"}
+_MOST = 900  # characters of a line that quotes something
 _STYLES = {"ready": "green", "failed": "red", "unwell": "red"}
 
 
@@ -165,21 +167,23 @@ def _users(launch: Launch) -> str:
 
 
 def _notes(name: str, launch: Launch) -> list[Text]:
+    """What there is to say of it; records quote logs and drivers, so nothing but letters reaches the terminal."""
+    said = one_line(launch.said, _MOST)
     notes: list[Text] = []
     if launch.endpoint and launch.end is None:
-        notes.append(Text(f"{name}: {launch.endpoint}"))
+        notes.append(Text(f"{name}: {one_line(launch.endpoint, _MOST)}"))
     if launch.end is not None:
-        notes.append(Text(f"{name}: {launch.end.message}", style="red"))
+        notes.append(Text(f"{name}: {one_line(launch.end.message, _MOST)}", style="red"))
         if launch.end.report:
-            notes.append(Text(f"    report: {launch.end.report}"))
+            notes.append(Text(f"    report: {one_line(launch.end.report, _MOST)}"))
         notes.append(Text(f"    `mgpu logs {name}` shows its last lines, `mgpu stop {name}` clears it away"))
     elif launch.state == "waiting":
-        notes.append(Text(f"{name}: waits to be started again; last: {launch.said}", style="yellow"))
+        notes.append(Text(f"{name}: waits to be started again; last: {said}", style="yellow"))
     elif launch.restarts:
         times = "once" if launch.restarts == 1 else f"{launch.restarts} times"
-        notes.append(Text(f"{name}: started again {times}; last: {launch.said}", style="yellow"))
-    elif launch.state == "unwell":
-        notes.append(Text(f"{name}: {launch.said}", style="yellow"))
+        notes.append(Text(f"{name}: started again {times}; last: {said}", style="yellow"))
+    elif said:
+        notes.append(Text(f"{name}: {said}", style="yellow" if launch.state == "unwell" else ""))
     return notes
 
 
