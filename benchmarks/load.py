@@ -1,6 +1,6 @@
 """What it costs to be launched by mgpu, under load: many clients at once on a real llama-server, side by side.
 
-    python benchmarks/load.py MODEL.gguf [--llama-server PATH] [--clients 64] [--rounds 7]
+    python benchmarks/load.py MODEL.gguf [--llama-server PATH] [--clients 64] [--rounds 7] [--only launch|nginx|…]
 
 Two comparisons, each of two ways that serve the same model with the same settings at the same time and are asked in
 turns, so that a machine that slows down slows both:
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--only", help="launch, or the name of one proxy")
     options = parser.parse_args()
     if options.llama_server is None:
         parser.error("no llama-server on PATH: name one with --llama-server")
@@ -60,16 +61,29 @@ def main() -> int:
         f"{options.clients} clients at once, {options.rounds} rounds each in turn, answers of {options.tokens} tokens"
     )
     lost = 0
+    if options.only in {None, "launch"}:
+        lost += compare_launch(options, body)
+    if options.only != "launch":
+        lost += compare_proxies(options, body)
+    return 1 if lost else 0
+
+
+def compare_launch(options: argparse.Namespace, body: bytes) -> int:
     with ExitStack() as stack:
         bare = stack.enter_context(by_hand(options.model, options.llama_server))
         launched = stack.enter_context(by_mgpu(options.model, options.llama_server))
-        lost += compare(("by hand", (bare,)), ("by mgpu", (launched,)), options, body)
+        return compare(("by hand", (bare,)), ("by mgpu", (launched,)), options, body)
+
+
+def compare_proxies(options: argparse.Namespace, body: bytes) -> int:
+    lost = 0
     with ExitStack() as stack:
         ports = tuple(stack.enter_context(by_hand(options.model, options.llama_server)) for _ in range(2))
         for proxy in installed():
-            with fronted(proxy, ports) as front:
-                lost += compare(("two servers", ports), (proxy.name, (front,)), options, body)
-    return 1 if lost else 0
+            if options.only in {None, proxy.name}:
+                with fronted(proxy, ports) as front:
+                    lost += compare(("two direct", ports), (proxy.name, (front,)), options, body)
+    return lost
 
 
 @contextmanager
@@ -146,7 +160,7 @@ def compare(base: Way, other: Way, options: argparse.Namespace, body: bytes) -> 
     whole = [statistics.median(one for answered in seconds[name] for one in answered) for name in (other[0], base[0])]
     span = f"rounds {ratios[0]:.3f} to {ratios[-1]:.3f}"
     ways = f"{other[0]:>12} / {base[0]:<12}"
-    print(f"{ways} {whole[0] / whole[1]:.3f}   ({span}; {whole[1]:.2f} s by {base[0]})   lost {lost}")
+    print(f"{ways} {whole[0] / whole[1]:.3f}   ({span}; {whole[1]:.2f} s {base[0]})   lost {lost}")
     return lost
 
 
